@@ -1,0 +1,133 @@
+"""Whatever the README and the docstrings show is run here, as it stands there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+COMMANDS = (
+    "python -m qengine collect --demo",
+    "python -m pip install -e '.[test]' && python -m pytest",
+)
+SHELL = {"bash", "sh", "shell", "console"}
+PYTHON = {"python", "py", "pycon"}
+OTHERS = {"toml", "json", "text", ""}
+FLAGS = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    line: int           # of its first line of text
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.language or 'plain'}-line-{self.line}"
+
+
+def read_blocks() -> list[Block]:
+    if not README.exists():
+        return []
+    blocks: list[Block] = []
+    language: str | None = None
+    start, text = 0, list[str]()
+    for number, line in enumerate(README.read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.match(r"\s*```+\s*(\w*)", line)
+        if fence and language is None:
+            language, start, text = fence[1].lower(), number + 1, []
+        elif fence and language is not None:
+            blocks.append(Block(language, start, "\n".join(text) + "\n"))
+            language = None
+        elif language is not None:
+            text.append(line)
+    assert language is None, f"README.md: the code block of line {start} does not end"
+    return blocks
+
+
+BLOCKS = read_blocks()
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "qengine").rglob("*.py") if path.name != "__main__.py"
+)
+
+
+def commands() -> list[str]:
+    """The lines of every shell block, continued ones joined, without prompts and remarks."""
+    lines = []
+    for block in BLOCKS:
+        if block.language in SHELL:
+            for line in block.text.replace("\\\n", " ").splitlines():
+                line = line.strip().removeprefix("$ ").strip()
+                if line and not line.startswith("#"):
+                    lines.append(" ".join(line.split()))
+    return lines
+
+
+def without_remark(command: str) -> str:
+    return re.sub(r"\s+#.*", "", command)
+
+
+def test_the_two_commands_come_first() -> None:
+    assert [without_remark(command) for command in commands()[:2]] == list(COMMANDS)
+    assert BLOCKS[0].language in SHELL
+
+
+def test_no_block_is_of_a_kind_that_nothing_checks() -> None:
+    assert [str(block) for block in BLOCKS if block.language not in SHELL | PYTHON | OTHERS] == []
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in PYTHON], ids=str)
+def test_python_of_the_readme(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if re.search(r"^\s*>>> ", block.text, re.MULTILINE):
+        test = doctest.DocTestParser().get_doctest(block.text, {}, str(block), str(README), block.line - 1)
+        report: list[str] = []
+        failed = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append).failed
+        assert not failed, "".join(report)
+    else:
+        code = compile("\n" * (block.line - 1) + block.text, str(README), "exec")      # the lines are the README's own
+        exec(code, {"__name__": "readme"})
+
+
+def test_data_of_the_readme() -> None:
+    for block in BLOCKS:
+        if block.language == "toml":
+            tomllib.loads(block.text)
+        elif block.language == "json":
+            json.loads(block.text)
+
+
+def test_the_flags_of_the_readme_exist() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qengine", "collect", "--help"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    used = {
+        word.partition("=")[0]
+        for command in commands() if command.startswith("python -m qengine collect")
+        for word in shlex.split(command, comments=True) if word.startswith("--")
+    }
+    assert "--demo" in used
+    assert used - known == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=FLAGS, raise_on_error=False)
+    assert not failed
