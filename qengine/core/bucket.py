@@ -1,0 +1,60 @@
+"""The token bucket, as a rule over one float.
+
+The state is `zero_at`: the instant at which the bucket would hold no token, so that
+
+    tokens(now) = min(burst, (now - zero_at) * rate)
+
+Taking n tokens moves the instant forward by n / rate.  Except for a refund it only grows: a stale or backward clock
+reading can refuse, but never mint a token.  The rule holds no state; who owns the state commits it by one assignment.
+(The generic cell rate algorithm, ITU-T I.371, in its virtual scheduling form.)
+"""
+
+from __future__ import annotations
+
+from ..policy import RateLimit
+
+CATCH_UP = 0.020
+"""Seconds of late wake-ups that the engine makes good: declared as slack in the promise about windows."""
+
+
+def epsilon(now: float) -> float:
+    """Return what two instants near `now` may differ by in the last bits: at least 1 ns, about 4 ulp."""
+    return 1e-9 + now * 9e-16 if now > 0 else 1e-9
+
+
+class TokenBucket:
+    """The rule of one `RateLimit`."""
+
+    __slots__ = ("interval", "most", "span", "unit")
+
+    def __init__(self, limit: RateLimit) -> None:
+        self.unit = limit.unit
+        self.most = limit.burst
+        self.interval = 1.0 / limit.rate
+        self.span = limit.burst / limit.rate
+
+    def initial(self, now: float, tokens: float | None = None) -> float:
+        """Return the state of a bucket with so many tokens; None for a full one."""
+        return now - (self.span if tokens is None else min(self.span, tokens * self.interval))
+
+    def ask(
+        self, zero_at: float, amount: float, now: float, slack: float = 0.0, held: bool = False
+    ) -> tuple[float, float]:
+        """Return when `amount` may be taken (`now` if it may be now), and the state once it is taken."""
+        oldest = now - self.span - slack
+        taken = (zero_at if zero_at > oldest else oldest) + amount * self.interval
+        return (now if taken <= now + epsilon(now) else taken), taken
+
+    def settle(self, zero_at: float, amount: float, now: float) -> float:
+        """Return the state after the outcome of a call: a bucket counts admissions, so it is unchanged."""
+        return zero_at
+
+    def undo(self, zero_at: float, amount: float) -> float:
+        """Return the state as if `amount` had not been taken."""
+        return zero_at - amount * self.interval
+
+    def available(self, zero_at: float, now: float) -> float:
+        """Return the tokens there now; below 0 where places in the line are taken."""
+        if self.interval == 0.0:
+            return self.most
+        return min(self.most, (now - zero_at) / self.interval)

@@ -1,0 +1,127 @@
+"""A gate: the limits of one source that outlive a run.
+
+Rules: several limits are all-or-nothing: all are asked, then all taken, and a refused attempt has taken nothing, not
+even a breaker's probe.  A gate belongs to an executor or a source and may serve several runs at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from ..model import Amount
+from ..policy import BreakerPolicy
+from .breaker import Breaker, BreakerState
+from .bucket import CATCH_UP
+from .limits import LimitSet, Lock, check_units
+
+CLOSED = BreakerState.CLOSED
+_HUNG = BreakerPolicy(failures=2**62)  # of a lane that asked for none: opened by hung calls alone
+
+
+class Gate:
+    """Rate limits, windows, breaker and pause of one source: what all its runs share.
+
+    `lock` makes it safe between threads; the core has none of its own.
+    """
+
+    __slots__ = ("_limit_sets", "_lock", "_paused_until", "_watchers", "_windows", "active", "breaker")
+
+    def __init__(
+        self,
+        limit_sets: Sequence[LimitSet],
+        breaker: BreakerPolicy | None,
+        lock: Lock,
+    ) -> None:
+        self._limit_sets = tuple(limit_sets)
+        self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
+        self._watchers: list[Callable[[], object]] = []
+        self._lock = lock
+        self._paused_until = -math.inf
+        self.breaker = None if breaker is None else Breaker(breaker)
+        self.active = bool(self._limit_sets) or breaker is not None  # an idle gate costs a run nothing
+
+    def check(self, amount: Amount) -> None:
+        """Refuse an amount that could never be had."""
+        check_units(amount, {unit for limits in self._limit_sets for unit in limits.units})
+        for limits in self._limit_sets:
+            limits.check(amount)
+
+    def admit(self, attempt: object, amount: Amount, now: float) -> float:
+        """Let an attempt through if all say yes; return `now` or before, else when to ask again.
+
+        Infinity means: after an outcome, be it of this run or of another that shares the gate.
+        """
+        breaker = self.breaker
+        with self._lock:
+            if self._paused_until > now:
+                return self._paused_until
+            if breaker is not None and breaker.state is not CLOSED and (ready_at := breaker.ready_at(now)) > now:
+                return ready_at
+            for position, limits in enumerate(self._limit_sets):
+                ready_at = limits.try_take(amount, now, CATCH_UP, True)
+                if ready_at > now:
+                    for taken in self._limit_sets[:position]:
+                        taken.undo(amount)
+                    return ready_at
+            if breaker is not None and breaker.state is not CLOSED:
+                breaker.admitted(attempt)
+            return now
+
+    def skips(self, now: float) -> bool:
+        """Say whether tasks should be skipped: the breaker is open and not worth waiting for."""
+        return self.breaker is not None and self.breaker.state is not CLOSED and self.breaker.skips(now)
+
+    def ended(self, attempt: object, amount: Amount, now: float, verdict: bool | None) -> bool:
+        """Say that an attempt ended: from here its window slots run out.  Return whether the breaker opened.
+
+        `verdict`: whether the source did well; None where the outcome says nothing about the source.
+        """
+        opened = False
+        for limits in self._windows:
+            limits.settle(amount, now)
+        if self.breaker is not None:
+            with self._lock:
+                if verdict is None:
+                    self.breaker.dropped(attempt)
+                elif verdict:
+                    self.breaker.succeeded(attempt)
+                else:
+                    opened = self.breaker.failed(attempt, now)
+        while self._watchers:
+            self._watchers.pop()()
+        return opened
+
+    def revoke(self, amount: Amount) -> None:
+        """Give back what an attempt took that was never made."""
+        for limits in self._limit_sets:
+            limits.undo(amount)
+
+    def pause(self, until: float) -> None:
+        """Let nothing through before that instant."""
+        with self._lock:
+            self._paused_until = max(self._paused_until, until)
+            self.active = True
+
+    def trip(self, now: float) -> bool:
+        """Open the breaker, because too many calls hang; return whether it was closed before."""
+        with self._lock:
+            if self.breaker is None:
+                self.breaker = Breaker(_HUNG)
+                self.active = True
+            closed = self.breaker.state is BreakerState.CLOSED
+            if closed:
+                self.breaker.trip(now)
+            return closed
+
+    def refuse_probe(self, now: float) -> None:
+        """Count a probe that is due, but cannot be made, as one that failed."""
+        with self._lock:
+            if self.breaker is not None and self.breaker.ready_at(now) <= now:
+                self.breaker.refuse_probe(now)
+
+    def watch(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called after the next outcome that may free a place."""
+        self._watchers.append(wake)
+        for limits in self._windows:
+            limits.watch(wake)

@@ -1,0 +1,327 @@
+"""A lane: one queue of a run, with its limits; and what is in it: attempts, and the feeds that bring them.
+
+Rules: a lane, with its queue, budget and batches, belongs to one run; its gate may serve several.  An attempt and a
+feed are also the steps that start the one and pull the other: a wrapper would cost as much as the decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+from ..model import Amount, SourceReport, Task, TaskStatus
+from ..policy import RetryPolicy
+from .gate import Gate
+
+Rank = tuple[Any, ...]
+
+
+class Trail:
+    """What only few tasks need to remember between their attempts."""
+
+    __slots__ = ("error", "give_up_at", "has_budget", "throttles")
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.give_up_at = math.inf
+        self.has_budget = False
+        self.throttles = 0
+
+
+class Attempt:
+    """One task on its way, and the step that starts it.
+
+    The same object serves all attempts of a task, unless one of them is abandoned: its late answer must not be taken
+    for that of the next.
+    """
+
+    __slots__ = (
+        "duration",
+        "index",
+        "lane",
+        "number",
+        "outcome",
+        "payload",
+        "rank",
+        "reason",
+        "started_at",
+        "status",
+        "task",
+        "timeout",
+        "trail",
+        "view",
+        "worker",
+    )
+
+    def __init__(self, payload: Any, task: Task[Any] | None, lane: Lane) -> None:
+        self.payload = payload
+        self.task = task
+        self.lane = lane
+        self.number = 0
+        self.rank: Rank | None = None
+        self.status: TaskStatus | None = None
+        self.outcome: Any = None
+        self.reason: str | None = None
+        self.trail: Trail | None = None
+        self.view: Any = None  # what the task sees of its attempt; the driver's
+
+    # Set by the core before anybody reads them; annotated only, because each assignment here costs every task.
+    index: int
+    started_at: float
+    duration: float
+    timeout: float
+    worker: Any
+
+    @property
+    def amount(self) -> Amount:
+        """What it uses of each limit."""
+        return 1 if self.task is None else self.task.amount
+
+    def remember(self) -> Trail:
+        """Return its trail, made when first needed."""
+        if self.trail is None:
+            self.trail = Trail()
+        return self.trail
+
+    def successor(self) -> Attempt:
+        """Return what takes its place when it was abandoned and the task is to be tried again."""
+        other = Attempt(self.payload, self.task, self.lane)
+        other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
+        return other
+
+
+class FeedKind(Enum):
+    """What a feed brings."""
+
+    INPUTS = "inputs"
+    NODES = "nodes"
+    QUERIES = "queries"
+
+
+class Feed:
+    """An iterator of the user's, and the step that pulls it.  The core never touches the iterator itself.
+
+    Args:
+        kind: What it brings.
+        open_fn: Opens the iterable; user code, run by whoever pulls.
+        prepare: Turns an item into what `offered` takes (an Attempt, or a NodeKey); user code may run in it.
+        lane: Whose queue it feeds; None where each item says so itself.
+        rank: Where its items stand in the order of admission.
+    """
+
+    __slots__ = (
+        "blocked",
+        "ended",
+        "handful",
+        "hold_until",
+        "iterator",
+        "kind",
+        "label",
+        "lane",
+        "node",
+        "open_fn",
+        "prepare",
+        "pulled_at",
+        "pulling",
+        "rank",
+        "slow",
+        "taken",
+        "wanted",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        kind: FeedKind,
+        open_fn: Callable[[], Iterable[Any]],
+        prepare: Callable[[Any], Any],
+        *,
+        label: str,
+        lane: Lane | None = None,
+        node: Any = None,
+        rank: Rank = (),
+    ) -> None:
+        self.kind = kind
+        self.open_fn = open_fn
+        self.prepare = prepare
+        self.label = label
+        self.lane = lane
+        self.node = node
+        self.rank = rank
+        self.iterator: Iterator[Any] | None = None
+        self.wanted = 1
+        self.handful = 256  # what a pull may take at the most; 1 where the iterator may block
+        self.taken = 0
+        self.blocked = 0  # lanes without room
+        self.pulling = False
+        self.pulled_at = -math.inf
+        self.slow = False
+        self.hold_until = -math.inf  # a quick feed fills the queues before anything starts, but not for long
+        self.ended = False
+        self.worker: Any = None
+
+
+def handful_of(lookahead: int) -> int:
+    """Return how many inputs are taken at a time where they are plain data."""
+    return max(1, min(16, lookahead // 4))
+
+
+class Lane:
+    """One queue of a run, and what it counts.
+
+    Args:
+        name: The source's name, or the lane's key.
+        gate: Its limits.
+        call: Runs one of its tasks; for the driver, the core never calls it.
+        concurrency: Attempts at once (the bulkhead).
+        lookahead: Inputs taken beyond those.
+        retry: Its retry policy; `retries_timeouts` is what that policy makes of a timeout.
+        timeout: Seconds for an attempt.
+        budget: Attempts in this run.
+        batch_size, batch_backoff: See ExecutionPolicy.
+        max_abandoned: Calls given up at once before the breaker opens.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "active",
+        "batch_at",
+        "batch_backoff",
+        "batch_open",
+        "batch_size",
+        "batch_started",
+        "budget",
+        "busy_seconds",
+        "call",
+        "calls",
+        "capacity",
+        "concurrency",
+        "cost",
+        "delivered",
+        "fifo",
+        "first_answer",
+        "gate",
+        "growth",
+        "guarded",
+        "heap",
+        "handful",
+        "last_answer",
+        "last_given_up",
+        "max_abandoned",
+        "name",
+        "nodes",
+        "order",
+        "pulling",
+        "resume_at",
+        "retries_timeouts",
+        "retry",
+        "running",
+        "stats",
+        "success_count",
+        "taken",
+        "timeout",
+        "wake_at",
+        "watching",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        gate: Gate,
+        call: Callable[[Any], Any],
+        *,
+        concurrency: int = 1,
+        lookahead: int = 64,
+        retry: RetryPolicy,
+        retries_timeouts: bool | float = False,
+        timeout: float | None = None,
+        budget: float | None = None,
+        batch_size: int | None = None,
+        batch_backoff: float = 0.0,
+        max_abandoned: int | None = None,
+        cost: float = 0.0,
+    ) -> None:
+        self.name = name
+        self.gate = gate
+        self.call = call
+        self.concurrency = concurrency
+        self.capacity = concurrency + lookahead
+        self.retry = retry
+        self.retries_timeouts = retries_timeouts
+        self.timeout = math.inf if timeout is None else timeout
+        self.budget = budget
+        self.batch_size = batch_size
+        self.batch_backoff = batch_backoff
+        self.batch_started = 0  # tasks of this batch that were started
+        self.batch_open = 0  # those of them without a result
+        self.batch_at = -math.inf  # when the next batch may start
+        self.max_abandoned = concurrency if max_abandoned is None else max_abandoned
+        self.cost = cost
+        self.order = -1  # its place among the run's lanes, given when it joins
+        self.running = 0
+        self.abandoned = 0
+        self.taken = 0
+        self.delivered = 0  # in a stream, written by the consumer alone
+        self.calls = 0
+        self.success_count = 0
+        self.busy_seconds = 0.0
+        self.first_answer: float | None = None
+        self.last_answer: float | None = None
+        self.last_given_up = -math.inf
+        self.handful = handful_of(lookahead)
+        # Whether more than its gate has to be asked.
+        self.guarded = budget is not None or batch_size is not None or retry.timeout is not None
+        self.fifo: deque[Attempt] = deque()  # tasks of the default rank
+        self.heap: list[tuple[Rank, Attempt]] = []  # all others: by priority, by place in the tree, and retries
+        self.active = False
+        self.resume_at = math.inf  # the count of results delivered at which the intake goes on; infinity: it is on
+        self.watching = False
+        self.wake_at = math.inf
+        self.nodes: list[tuple[Rank, int, Any]] = []  # nodes to ask about, and feeds of queries begun
+        self.growth: deque[Feed] = deque()  # feeds of children and of following queries
+        self.pulling: Feed | None = None
+        self.stats = SourceReport(name)
+
+    @property
+    def ended_count(self) -> int:
+        """Tasks that have their result."""
+        stats = self.stats
+        return self.success_count + stats.failure_count + stats.cancelled_count + stats.skipped_count
+
+    @property
+    def last_end(self) -> float:
+        """When an attempt last ended, answered or given up."""
+        return max(self.last_given_up, -math.inf if self.last_answer is None else self.last_answer)
+
+    def rest(self) -> None:
+        """Take no more inputs until about half of the lookahead is free again."""
+        self.resume_at = self.taken - self.capacity + min(2 * self.handful, self.capacity)
+
+    @property
+    def room(self) -> int:
+        """Inputs that may still be taken."""
+        return self.capacity - self.taken + self.delivered
+
+    def head(self) -> Attempt | None:
+        """Return the task to be admitted next."""
+        if self.heap and (not self.fifo or self.heap[0][0] < (0, self.fifo[0].index)):
+            return self.heap[0][1]
+        return self.fifo[0] if self.fifo else None
+
+    def batch_takes_at(self) -> float:
+        """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""
+        return math.inf if self.batch_started == self.batch_size else self.batch_at
+
+    def report(self, begun_at: float) -> SourceReport:
+        """Return what it counted in a run that began at that instant."""
+        stats = self.stats
+        stats.calls, stats.success_count, stats.busy_seconds = self.calls, self.success_count, self.busy_seconds
+        stats.first_at = None if self.first_answer is None else self.first_answer - begun_at
+        stats.last_at = None if self.last_answer is None else self.last_answer - begun_at
+        stats.cost = stats.calls * self.cost
+        stats.usage = {**stats.usage, "calls": float(stats.calls)}
+        stats.remaining_budget = self.budget
+        return stats

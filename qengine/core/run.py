@@ -1,0 +1,834 @@
+"""One run: the state machine that decides what starts, waits, is tried again, and when it is over.
+
+    next(now)                           the next step
+    finished(attempt, outcome, now)     an attempt ended
+    offered(feed, items, ...)           a pull ended
+    delivered(lane)                     a consumer took results of that lane (streams only)
+    revoked(attempt), cancel(reason)    before a worker picked it up; stop now
+
+Rules: it knows no clock, lock, thread, event loop, file or random source: time and rng are passed in.  No user code
+runs in it.  All waiting is in it: rate, window, retry, breaker, batch, timeout and deadline are instants, so a driver
+never computes one.  Nothing that waits holds a worker.  Nothing is admitted after the outcome that decides a stop.
+After `Wait(t)`, `next(t)` makes progress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+from ..errors import RateLimitError, TaskError, TaskTimeoutError
+from ..model import Event, Task, TaskStatus
+from ..policy import StopConditions
+from .backoff import Uniform, backoff_delay
+from .lane import Attempt, Feed, FeedKind, Lane
+from .limits import part_of
+from .steps import DONE, Cancel, Raised, Step, Wait
+from .tree import PULL_GRACE, NodeKey, Tree
+
+SUCCEEDED = TaskStatus.SUCCEEDED
+FAILED = TaskStatus.FAILED
+ERROR = TaskStatus.ERROR
+TIMEOUT = TaskStatus.TIMEOUT
+CANCELLED = TaskStatus.CANCELLED
+SKIPPED = TaskStatus.SKIPPED
+
+ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
+SLOW_PULL = 0.0002
+PULLS_DROPPED_AFTER = 0.050
+_END = object()
+
+
+class Timer(Enum):
+    """What an alarm is for."""
+
+    LANE = "lane"
+    RETRY = "retry"
+    DEADLINE = "deadline"
+    DRAINED = "drained"
+    PULLS = "pulls"
+
+
+class Run:
+    """The decisions of one run.
+
+    Args:
+        lanes: Those known beforehand; others join with their first task.
+        now: The instant it begins.
+        feed: The inputs; None for a tree.
+        tree: The hierarchy; None for plain inputs.
+        data: The inputs' iterator, if they are plain data (a list, a range) that can be taken without user code.
+        stop: When to stop.
+        width: Attempts at once over all lanes; None for the sum of the lanes' concurrency.
+        rng: Draws the jitter.
+        records: Where every task is kept, in the order taken; None to keep none.
+        completed: Where finished tasks are put for a consumer, who then counts `lane.delivered`; None for none.
+        emit: Called with each Event; None for none.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        now: float,
+        *,
+        feed: Feed | None = None,
+        tree: Tree | None = None,
+        data: Iterator[Any] | None = None,
+        stop: StopConditions,
+        width: int | None = None,
+        rng: Uniform,
+        records: list[Attempt] | None = None,
+        completed: deque[Attempt] | None = None,
+        emit: Callable[[Event], object] | None = None,
+    ) -> None:
+        self.lanes: list[Lane] = []
+        self.records = records
+        self.completed = completed
+        self.on_wake: Callable[[Lane], object] = lambda lane: None
+        self.stop_reason: str | None = None
+        self.fatal: BaseException | None = None  # raised by a task to end the run, and so by the run to its caller
+        self.input_error: BaseException | None = None  # raised by the inputs, and so by the run when all is done
+        self.intake_cut = False
+        self.begun_at = now
+        self._feed = feed if data is None else None
+        self._data = data
+        self._tree = tree
+        self._stop = stop
+        self._counts_outcomes = any(
+            limit is not None for limit in (stop.max_failures, stop.failure_rate, stop.max_results)
+        )
+        self._watched = self._counts_outcomes or any(who is not None for who in (tree, completed, emit))
+        self._cap = math.inf if width is None else width
+        self._width = 0.0
+        self._rng = rng
+        self._emit = emit
+        self._running: set[Attempt] = set()
+        self._pulls: set[Feed] = set()
+        self._index = 0
+        self._keys: set[Any] = set()
+        self._active: deque[Lane] = deque()  # lanes that may have something to start
+        self._steps: deque[Step] = deque()
+        self.first_start: float | None = None
+        self._special = feed is not None and data is None  # whether there may be steps that start no attempt
+        self._held_places = 0.0
+        self._timers: list[tuple[float, int, Timer, Any]] = []
+        self._timer_number = 0
+        self._scan_at = math.inf  # no attempt times out before
+        self._due_at = math.inf  # neither a timer nor a timeout is due before
+        self._wait = ON_EVENT
+        self._outcomes = 0
+        self._failures = 0
+        self._successes = 0
+        for lane in lanes:
+            self._join(lane)
+        if stop.timeout is not None:
+            self._set_timer(now + stop.timeout, Timer.DEADLINE, None)
+
+    # ---- what a driver says ------------------------------------------------------------------------------------------
+
+    def next(self, now: float) -> Step:
+        """Return the next step."""
+        if now >= self._due_at:
+            self._tick(now)
+        places = self._width
+        if self._special:
+            step = self._next_special(now)
+            if step is not None:
+                return step
+            places -= self._held_places
+        active = self._active
+        while active and len(self._running) < places:
+            step = self._admit(active[0], now)
+            if step is not None:
+                if len(active) > 1:
+                    active.rotate(-1)  # the lanes take turns
+                return step
+            active.popleft().active = False
+        if self._special and (step := self._next_special(now)) is not None:
+            return step  # a skip may have stopped the run, and a slow feed is pulled after all that can start
+        return ON_EVENT if self._running and self._due_at == math.inf else self._idle()
+
+    def finished(self, attempt: Attempt, outcome: Any, now: float) -> bool:
+        """Take the outcome of an attempt: its value, or a Raised.  Return False if it had been given up before."""
+        lane = attempt.lane
+        try:
+            self._running.remove(attempt)
+        except KeyError:
+            self._late(attempt, now)
+            return False
+        lane.running -= 1
+        attempt.duration = duration = now - attempt.started_at
+        lane.busy_seconds += duration
+        lane.last_answer = now
+        if lane.first_answer is None:
+            lane.first_answer = now
+        if not lane.active:
+            lane.active = True
+            self._active.append(lane)
+        if self._emit is not None:
+            self._tell("answer", now, attempt, _outcome_word(outcome))
+        if type(outcome) is Raised:
+            self._raised(attempt, outcome, now)
+            return True
+        attempt.outcome = outcome
+        if lane.gate.active:
+            lane.gate.ended(attempt, attempt.amount, now, True)
+        if self._watched or attempt.task is not None or lane.batch_size is not None:
+            self._end(attempt, SUCCEEDED, now)
+        else:  # the same, as far as it concerns a task of which nobody wants to know more
+            attempt.status = SUCCEEDED
+            lane.success_count += 1
+            lane.delivered += 1
+            if lane.delivered >= lane.resume_at:
+                self._resume(lane)
+        return True
+
+    def offered(
+        self,
+        feed: Feed,
+        items: Sequence[Any],
+        ended: bool,
+        error: BaseException | None,
+        now: float,
+    ) -> None:
+        """Take what a pull brought: items, perhaps the end, perhaps the error that ended it."""
+        feed.pulling = False
+        self._pulls.discard(feed)
+        feed.slow = now - feed.pulled_at > SLOW_PULL
+        feed.ended = ended = ended or error is not None
+        if feed.kind is FeedKind.NODES:
+            self._nodes_offered(feed, items, ended, now)
+        else:
+            for attempt in items:
+                self._take(attempt, feed, now)
+            if self._tree is not None:
+                self._tree.returned(feed, ended)
+        if error is not None:
+            self._feed_failed(feed, error, now)
+        if feed.lane is not None:
+            self._activate(feed.lane)
+        if self.stop_reason is not None:
+            self._cancel_waiting(now)
+
+    def submitted(self, attempt: Attempt, now: float) -> None:
+        """Take one task that comes from outside, not from the feed."""
+        self._take(attempt, None, now)
+        if self.stop_reason is not None:
+            self._cancel_waiting(now)
+
+    def closed(self, feed: Feed, now: float) -> None:
+        """Say that nothing more will come from outside."""
+        feed.ended = True
+
+    def delivered(self, lane: Lane, now: float) -> None:
+        """Note that a consumer made room in a lane."""
+        if lane.delivered >= lane.resume_at:
+            self._resume(lane)
+
+    def revoked(self, attempt: Attempt, now: float) -> None:
+        """Undo an admission: no worker picked the attempt up before it was given up."""
+        lane = attempt.lane
+        lane.calls -= 1
+        lane.abandoned -= 1
+        if lane.budget is not None:
+            lane.budget += 1
+        attempt.number -= 1
+        lane.gate.revoke(attempt.amount)
+
+    def wake(self, lane: Lane, now: float) -> None:
+        """Note that another run, which shares the lane's gate, had an outcome."""
+        lane.watching = False
+        self._activate(lane)
+
+    def cancel(self, reason: str, now: float, in_flight: str | None = None) -> None:
+        """Stop: admit nothing more; drain or abandon what runs, as the policy or `in_flight` says."""
+        if self.stop_reason is None:
+            self._halt(reason, now, in_flight)
+        elif in_flight == "abandon":
+            self._abandon_all(now)
+
+    # ---- intake ------------------------------------------------------------------------------------------------------
+
+    def _join(self, lane: Lane) -> None:
+        lane.order = len(self.lanes)
+        self.lanes.append(lane)
+        lane.guarded = lane.guarded or self._tree is not None
+        self._width = min(self._cap, self._width + lane.concurrency)
+        self._activate(lane)
+
+    def _next_special(self, now: float) -> Step | None:
+        """Return a step that is not the start of an attempt, if there is one; a stopped run starts nothing more."""
+        if self._steps:
+            return self._steps.popleft()
+        if self.stop_reason is not None:
+            return self._idle()
+        self._held_places = 0.0
+        feed = self._feed
+        if feed is None or feed.ended:
+            self._special = False
+            return None
+        if feed.pulling:
+            # A quick feed fills the queues first: whoever pulls will be back at once, and nobody need be woken.
+            if not feed.slow and now < feed.hold_until:
+                self._held_places = self._width
+                if self._active:
+                    self._due_at = min(self._due_at, feed.hold_until)
+        elif not feed.blocked and not (feed.slow and self._may_start()):
+            return self._pull(feed, now)
+        return None
+
+    def _may_start(self) -> bool:
+        return bool(self._active) and len(self._running) < self._width
+
+    def _pull(self, feed: Feed, now: float) -> Feed:
+        feed.pulling = True
+        feed.pulled_at = now
+        if feed.hold_until == -math.inf:
+            feed.hold_until = now + PULL_GRACE
+        self._pulls.add(feed)
+        return feed
+
+    def _refill(self, lane: Lane, now: float) -> None:
+        """Take inputs that are plain data, up to the lane's capacity."""
+        data = self._data
+        fifo, records, index = lane.fifo, self.records, self._index
+        for _ in range(lane.room):
+            item = next(data, _END)  # type: ignore[arg-type]
+            if item is _END:
+                self._data = None
+                break
+            if isinstance(item, Task):
+                self._index = index
+                self._take(Attempt(item.payload, item, lane), None, now)
+            else:
+                attempt = Attempt(item, None, lane)
+                attempt.index = index
+                lane.taken += 1
+                fifo.append(attempt)
+                if records is not None:
+                    records.append(attempt)
+            index += 1
+        self._index = index
+        lane.rest()
+
+    def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
+        lane = attempt.lane
+        if lane.order < 0:
+            self._join(lane)
+        attempt.index = self._index
+        self._index += 1
+        lane.taken += 1
+        if self.records is not None:
+            self.records.append(attempt)
+        if feed is not None:
+            self._rest(lane, feed)
+        if attempt.task is not None and self._refused(attempt, feed, now):
+            return
+        if attempt.rank is None:
+            lane.fifo.append(attempt)
+        else:
+            heappush(lane.heap, (attempt.rank, attempt))
+        if not lane.active:
+            lane.active = True
+            self._active.append(lane)
+
+    def _refused(self, attempt: Attempt, feed: Feed | None, now: float) -> bool:
+        """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
+        task = attempt.task
+        assert task is not None
+        if feed is not None and feed.kind is FeedKind.QUERIES:
+            feed.taken += 1
+            level, path, *number = feed.rank
+            attempt.rank = (task.priority, level, path, number[0] if number else feed.taken, attempt.index)
+        elif task.priority:
+            attempt.rank = (task.priority, attempt.index)
+        if attempt.outcome is None and task.amount != 1:
+            try:
+                attempt.lane.gate.check(task.amount)
+            except ValueError as error:
+                attempt.outcome = Raised(error)
+        if attempt.outcome is not None:
+            self._end(attempt, ERROR, now)
+        elif attempt.reason is not None:
+            self._end(attempt, SKIPPED, now)
+        elif task.key is not None and task.key in self._keys:
+            attempt.reason = "duplicate"
+            self._end(attempt, SKIPPED, now)
+        else:
+            if task.key is not None:
+                self._keys.add(task.key)
+            return False
+        return True
+
+    def _rest(self, lane: Lane, feed: Feed) -> None:
+        """Let the feed rest when a lane could not take another handful."""
+        if self._tree is None and lane.resume_at == math.inf and lane.room < lane.handful:
+            lane.rest()
+            feed.blocked += 1
+
+    def _resume(self, lane: Lane) -> None:
+        """Go on with the intake: the lane has room again."""
+        lane.resume_at = math.inf
+        self._activate(lane)
+        if self._feed is not None:
+            self._feed.blocked -= 1
+            self._feed.hold_until = -math.inf
+
+    def _nodes_offered(self, feed: Feed, items: Sequence[Any], ended: bool, now: float) -> None:
+        tree = self._tree
+        assert tree is not None
+        for bad in items:
+            if isinstance(bad, Attempt):
+                level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
+                bad.rank = (0, level, path, 0, self._index)
+                self._take(bad, None, now)
+        tree.nodes_offered(feed, [key for key in items if isinstance(key, NodeKey)], self.lanes)
+        tree.returned(feed, ended)
+        for lane in self.lanes:
+            self._activate(lane)
+
+    def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
+        """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
+        if feed.node is None:
+            self.input_error = error
+            self.intake_cut = True
+            self._tell("stop", now, None, "input_error")
+            return
+        assert feed.lane is not None
+        attempt = feed.prepare(Raised(error))
+        attempt.reason = feed.label
+        attempt.rank = (0, *feed.rank[:2], 0, self._index)
+        self._take(attempt, None, now)
+
+    # ---- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, lane: Lane, now: float) -> Step | None:
+        """Return what a lane starts or pulls now; None if it must wait, its alarm then being set."""
+        if self._tree is not None and (feed := self._tree.next_feed(lane)) is not None:
+            return self._pull(feed, now)
+        if lane.running >= lane.concurrency:
+            return None
+        if self._data is not None and lane.resume_at == math.inf:
+            self._refill(lane, now)
+        while True:
+            attempt = lane.fifo[0] if lane.fifo and not lane.heap else lane.head()
+            if attempt is None:
+                return None
+            timeout = lane.timeout
+            if lane.guarded or lane.gate.active:
+                until = self._ask_gates(lane, attempt, now)
+                if until > now:
+                    if until < lane.wake_at:
+                        lane.wake_at = until
+                        self._set_timer(until, Timer.LANE, lane)
+                    return None
+                if attempt.status is not None:  # skipped, and that may have stopped the run
+                    if self.stop_reason is not None:
+                        return None
+                    continue
+            if lane.guarded or attempt.task is not None or attempt.trail is not None:
+                timeout = self._account(lane, attempt, now)
+            if lane.heap:
+                self._pop(lane, attempt)
+            else:
+                lane.fifo.popleft()
+            attempt.number += 1
+            attempt.started_at = now
+            attempt.timeout = timeout
+            if now + timeout < self._scan_at:
+                self._scan_at = now + timeout
+                self._due_at = min(self._due_at, self._scan_at)
+            if self.first_start is None:
+                self.first_start = now
+            self._running.add(attempt)
+            lane.running += 1
+            lane.calls += 1
+            if self._emit is not None:
+                self._tell("start", now, attempt)
+            return attempt
+
+    def _ask_gates(self, lane: Lane, attempt: Attempt, now: float) -> float:
+        """Return `now` or before if all say yes, or if the task was skipped; else when to ask again."""
+        if self._tree is not None and (until := self._tree.hold_until(lane, attempt)) > now:
+            return until
+        if self._skipped(lane, attempt, now):
+            return now
+        if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
+            return until
+        if lane.abandoned >= lane.max_abandoned:
+            lane.gate.refuse_probe(now)
+        return self._ask_gate(lane, attempt, now) if lane.gate.active else now
+
+    def _ask_gate(self, lane: Lane, attempt: Attempt, now: float) -> float:
+        amount = 1 if attempt.task is None else attempt.task.amount
+        until = lane.gate.admit(attempt, amount, now)
+        if until == math.inf and not lane.watching:
+            # It hangs on an outcome, perhaps one of another run: watch for it, then ask again, lest it came in between.
+            lane.watching = True
+            lane.gate.watch(lambda: self.on_wake(lane))
+            until = lane.gate.admit(attempt, amount, now)
+        return until
+
+    def _skipped(self, lane: Lane, attempt: Attempt, now: float) -> bool:
+        """Skip a task that will never be admitted; one that was tried before keeps the failure it had."""
+        trail = attempt.trail
+        if lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget):
+            reason = "budget_exhausted"
+        elif lane.gate.skips(now):
+            reason = "breaker_open"
+        else:
+            return False
+        self._pop(lane, attempt)
+        attempt.reason = reason
+        if trail is None or trail.error is None:
+            self._end(attempt, SKIPPED, now)
+        else:
+            self._fail(attempt, trail.error, now)
+        return True
+
+    @staticmethod
+    def _account(lane: Lane, attempt: Attempt, now: float) -> float:
+        """Take from budget and batch; return the attempt's timeout."""
+        if attempt.number == 0:
+            if lane.batch_size is not None:
+                lane.batch_started += 1
+                lane.batch_open += 1
+            if lane.retry.timeout is not None and attempt.trail is None:
+                attempt.remember().give_up_at = now + lane.retry.timeout
+        trail = attempt.trail
+        if trail is not None and trail.has_budget:
+            trail.has_budget = False
+        elif lane.budget is not None:
+            lane.budget -= 1
+        timeout = lane.timeout
+        if attempt.task is not None and attempt.task.timeout is not None:
+            timeout = attempt.task.timeout
+        return timeout if trail is None else min(timeout, trail.give_up_at - now)
+
+    @staticmethod
+    def _pop(lane: Lane, attempt: Attempt) -> None:
+        if lane.fifo and lane.fifo[0] is attempt:
+            lane.fifo.popleft()
+        else:
+            heappop(lane.heap)
+
+    # ---- outcomes ----------------------------------------------------------------------------------------------------
+
+    def _raised(self, attempt: Attempt, raised: Raised, now: float) -> None:
+        error = raised.error
+        exits = isinstance(error, (SystemExit, KeyboardInterrupt))
+        says_nothing = raised.cancelled or exits or isinstance(error, RateLimitError)
+        self._tell_gate(attempt, now, None if says_nothing else False)
+        if isinstance(error, RateLimitError):
+            self._throttled(attempt, error, now)
+        elif raised.cancelled:
+            attempt.outcome = raised
+            attempt.reason = "task_cancelled"
+            self._end(attempt, CANCELLED, now)
+        elif exits:
+            self.fatal = error
+            self._fail(attempt, error, now)
+            self.cancel(type(error).__name__, now, "abandon")
+        else:
+            self._failed(attempt, error, raised.verdict, now)
+
+    def _tell_gate(self, attempt: Attempt, now: float, verdict: bool | None) -> None:
+        if attempt.lane.gate.active and attempt.lane.gate.ended(attempt, attempt.amount, now, verdict):
+            self._tell("breaker_opened", now, attempt)
+
+    def _throttled(self, attempt: Attempt, error: RateLimitError, now: float) -> None:
+        """Pause the lane as the source asked; the attempt does not count, unless it asked for too long."""
+        lane = attempt.lane
+        lane.stats.throttled += 1
+        trail = attempt.remember()
+        trail.throttles += 1
+        delay = error.retry_after or backoff_delay(lane.retry, trail.throttles, self._rng)
+        if delay > lane.retry.max_retry_after or now + delay > trail.give_up_at:
+            self._fail(attempt, error, now)
+            return
+        lane.gate.pause(now + delay)
+        if self._keeps_trying(attempt, error, now):
+            attempt.number -= 1
+            if attempt.number == 0 and lane.batch_size is not None:  # it is to count once in its batch
+                lane.batch_started -= 1
+                lane.batch_open -= 1
+            self._tell("throttled", now, attempt, f"{delay:g}")
+            self._queue_again(attempt)
+
+    def _failed(self, attempt: Attempt, error: BaseException, verdict: bool | float, now: float) -> None:
+        """Try it again if the policy says so, else it failed."""
+        retry = attempt.lane.retry
+        if verdict is False or attempt.number >= retry.max_attempts:
+            self._fail(attempt, error, now)
+            return
+        delay = backoff_delay(retry, attempt.number, self._rng) if verdict is True else verdict
+        trail = attempt.remember()
+        if now + delay >= trail.give_up_at:
+            self._fail(attempt, error, now)
+        elif self._keeps_trying(attempt, error, now):
+            attempt.lane.stats.retries += 1
+            self._tell("retry", now, attempt, f"{delay:g}")
+            self._set_timer(now + delay, Timer.RETRY, attempt)
+
+    def _keeps_trying(self, attempt: Attempt, error: BaseException, now: float) -> bool:
+        """Reserve the budget of another attempt; without it, or when the run has stopped, the failure stands."""
+        lane, trail = attempt.lane, attempt.remember()
+        trail.error = error
+        if self.stop_reason is not None:
+            self._cancel_one(attempt, now)
+            return False
+        if lane.budget is not None:
+            if lane.budget < 1:
+                self._fail(attempt, error, now)
+                return False
+            lane.budget -= 1
+            trail.has_budget = True
+        return True
+
+    def _queue_again(self, attempt: Attempt) -> None:
+        lane = attempt.lane
+        heappush(lane.heap, (attempt.rank or (0, attempt.index), attempt))
+        self._activate(lane)
+
+    def _fail(self, attempt: Attempt, error: BaseException, now: float) -> None:
+        attempt.outcome = Raised(error)
+        timed_out = isinstance(error, TaskTimeoutError)
+        self._end(attempt, TIMEOUT if timed_out else FAILED if isinstance(error, TaskError) else ERROR, now)
+
+    def _end(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
+        """Give a task its result."""
+        attempt.status = status
+        lane = attempt.lane
+        stats = lane.stats
+        if status is SUCCEEDED:
+            lane.success_count += 1
+            if self._tree is not None:
+                self._tree.follow(attempt)
+                if attempt.outcome:
+                    self._tree.grew(attempt)
+        elif status is SKIPPED:
+            reason = str(attempt.reason)
+            stats.skipped[reason] = stats.skipped.get(reason, 0) + 1
+        elif status is CANCELLED:
+            stats.cancelled_count += 1
+        else:
+            stats.failure_count += 1
+        if attempt.task is not None and isinstance(attempt.task.amount, Mapping):
+            for unit in attempt.task.amount.keys() - {"calls"}:
+                stats.usage[unit] = stats.usage.get(unit, 0.0) + part_of(attempt.task.amount, unit) * attempt.number
+        if self.completed is not None:
+            self.completed.append(attempt)
+        else:
+            lane.delivered += 1
+            if lane.delivered >= lane.resume_at:
+                self._resume(lane)
+        if lane.batch_size is not None and attempt.number:
+            self._batch_ended_one(lane, now)
+        if self._emit is not None:
+            self._tell("result", now, attempt, status.value)
+        if self._counts_outcomes:
+            self._count_outcome(status, now)
+
+    def _batch_ended_one(self, lane: Lane, now: float) -> None:
+        lane.batch_open -= 1
+        if lane.batch_open == 0 and lane.batch_started == lane.batch_size:
+            lane.batch_started = 0
+            lane.batch_at = now + lane.batch_backoff
+            self._activate(lane)
+
+    def _late(self, attempt: Attempt, now: float) -> None:
+        """An answer came to an attempt that had been given up: it is dropped, and its thread is no longer lost."""
+        attempt.lane.abandoned -= 1
+        self._tell("late", now, attempt)
+
+    # ---- time --------------------------------------------------------------------------------------------------------
+
+    def _set_timer(self, at: float, timer: Timer, what: Any) -> None:
+        self._timer_number += 1
+        heappush(self._timers, (at, self._timer_number, timer, what))
+        if at < self._due_at:
+            self._due_at = at
+
+    def _activate(self, lane: Lane) -> None:
+        if not lane.active:
+            lane.active = True
+            self._active.append(lane)
+
+    def _tick(self, now: float) -> None:
+        if now >= self._scan_at:
+            self._scan(now)
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            _, _, timer, what = heappop(timers)
+            if timer is Timer.LANE:
+                what.wake_at = math.inf
+                self._activate(what)
+            elif timer is Timer.RETRY:
+                self._queue_again(what)
+            elif timer is Timer.DEADLINE:
+                self.cancel("timeout", now)
+            elif timer is Timer.DRAINED:
+                self._abandon_all(now)
+            else:
+                self._drop_pulls()
+        self._due_at = min(self._scan_at, timers[0][0] if timers else math.inf)
+
+    def _scan(self, now: float) -> None:
+        """Time out what is over its time.  Runs seldom: not before the earliest time-out known at the last scan."""
+        self._scan_at = math.inf
+        for attempt in tuple(self._running):
+            deadline = attempt.started_at + attempt.timeout
+            if deadline <= now:
+                self._time_out(attempt, now)
+            else:
+                self._scan_at = min(self._scan_at, deadline)
+
+    def _time_out(self, attempt: Attempt, now: float) -> None:
+        lane = attempt.lane
+        self._tell("timeout", now, attempt)
+        self._abandon(attempt, now, "timeout", False)
+        if lane.abandoned >= lane.max_abandoned and lane.gate.trip(now):
+            self._tell("breaker_opened", now, attempt, "too many calls hang")
+        error = TaskTimeoutError(f"no answer after {attempt.timeout:g} s")
+        self._failed(self._replaced(attempt), error, lane.retries_timeouts, now)
+
+    def _abandon(self, attempt: Attempt, now: float, reason: str, verdict: bool | None) -> None:
+        lane = attempt.lane
+        self._running.remove(attempt)
+        lane.running -= 1
+        lane.abandoned += 1
+        attempt.reason = reason
+        attempt.duration = now - attempt.started_at
+        lane.busy_seconds += attempt.duration
+        lane.last_given_up = now
+        self._tell_gate(attempt, now, verdict)
+        self._steps.append(Cancel(attempt, reason))
+        self._special = True
+        self._activate(lane)
+
+    def _replaced(self, attempt: Attempt) -> Attempt:
+        other = attempt.successor()
+        other.started_at, other.duration = attempt.started_at, attempt.duration
+        if self.records is not None:
+            self.records[attempt.index] = other
+        return other
+
+    # ---- stopping ----------------------------------------------------------------------------------------------------
+
+    def _count_outcome(self, status: TaskStatus, now: float) -> None:
+        if status is SUCCEEDED:
+            self._successes += 1
+        elif status in (FAILED, ERROR, TIMEOUT):
+            self._failures += 1
+        else:
+            return
+        stop = self._stop
+        outcomes = self._successes + self._failures
+        if stop.max_failures is not None and self._failures >= stop.max_failures:
+            self.cancel("max_failures", now)
+        elif stop.max_results is not None and self._successes >= stop.max_results:
+            self.cancel("max_results", now)
+        elif (
+            stop.failure_rate is not None
+            and outcomes >= stop.min_outcomes
+            and self._failures >= stop.failure_rate * outcomes
+        ):
+            self.cancel("failure_rate", now)
+
+    def _halt(self, reason: str, now: float, in_flight: str | None) -> None:
+        self.stop_reason = reason
+        self._special = True
+        self._tell("stop", now, None, reason)
+        if self._data is not None or (self._feed is not None and not self._feed.ended):
+            self.intake_cut = True
+        if self._tree is not None and self._tree.cut:
+            self.intake_cut = True
+        self._cancel_waiting(now)
+        if self._pulls:
+            self._set_timer(now + PULLS_DROPPED_AFTER, Timer.PULLS, None)
+        if (in_flight or self._stop.in_flight) == "abandon":
+            self._abandon_all(now)
+        elif self._running:
+            self._set_timer(now + self._stop.drain_seconds, Timer.DRAINED, None)
+
+    def _cancel_waiting(self, now: float) -> None:
+        """Every task that waits, in a queue or for its retry, is cancelled."""
+        for lane in self.lanes:
+            waiting = [*lane.fifo, *(attempt for _, attempt in sorted(lane.heap, key=lambda entry: entry[0]))]
+            lane.fifo.clear()
+            lane.heap.clear()
+            for attempt in waiting:
+                self._cancel_one(attempt, now)
+        retries = [what for _, _, timer, what in sorted(self._timers, key=lambda t: t[:2]) if timer is Timer.RETRY]
+        if retries:
+            self._timers = [timer for timer in self._timers if timer[2] is not Timer.RETRY]
+            heapify(self._timers)
+            for attempt in retries:
+                self._cancel_one(attempt, now)
+
+    def _cancel_one(self, attempt: Attempt, now: float) -> None:
+        trail = attempt.trail
+        if trail is not None and trail.error is not None:
+            attempt.outcome = Raised(trail.error)
+        attempt.reason = self.stop_reason
+        self._end(attempt, CANCELLED, now)
+
+    def _abandon_all(self, now: float) -> None:
+        for attempt in sorted(self._running, key=lambda attempt: attempt.index):
+            self._abandon(attempt, now, str(self.stop_reason), None)
+            self._cancel_one(attempt, now)
+
+    def _drop_pulls(self) -> None:
+        for feed in self._pulls:
+            self._steps.append(Cancel(feed, str(self.stop_reason)))
+        self._pulls.clear()
+        self._special = True
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+
+    def _idle(self) -> Step:
+        if not self._running and not self._pulls and self._is_done():
+            return DONE
+        if self._due_at == math.inf:
+            return ON_EVENT
+        if self._wait.until != self._due_at:
+            self._wait = Wait(self._due_at)
+        return self._wait
+
+    def _is_done(self) -> bool:
+        if self.stop_reason is not None:
+            return True
+        if self._data is not None or (self._feed is not None and not self._feed.ended):
+            return False
+        if self._tree is not None and self._tree.open:
+            return False
+        return self._index == sum(lane.ended_count for lane in self.lanes)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        if self.first_start is None:
+            return 0.0
+        return max(lane.last_end for lane in self.lanes) - self.first_start
+
+    @property
+    def abandoned(self) -> int:
+        """Calls that were given up and have not returned."""
+        return sum(lane.abandoned for lane in self.lanes)
+
+    def _tell(self, kind: str, now: float, attempt: Attempt | None, detail: str = "") -> None:
+        if self._emit is not None:
+            if attempt is None:
+                self._emit(Event(kind, now, detail=detail))
+            else:
+                self._emit(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+
+
+def _outcome_word(outcome: Any) -> str:
+    return type(outcome.error).__name__ if type(outcome) is Raised else "ok"
+
+

@@ -1,0 +1,275 @@
+"""What a user declares: limits, retries, breakers, stops.  Frozen values, checked when they are made.
+
+Rules: seconds are floats; a policy holds no state and can be shared, compared and pickled; a bad field is refused by
+a ValueError or TypeError that names it, before anything has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from .errors import (
+    TransientError,
+    optional,
+    refuse,
+    refuse_type,
+    require_at_least,
+    require_choice,
+    require_count,
+    require_kind,
+    require_number,
+    require_positive,
+    require_share,
+)
+
+Retryable = tuple[type[BaseException], ...] | Callable[[BaseException], "bool | float"]
+
+_SECONDS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0, "per_day": 86400.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """A token bucket: `burst` at once, refilled continuously at one rate.
+
+    Args:
+        per_second, per_minute, per_hour, per_day: The rate, in units; exactly one of them, above 0.
+        burst: How many units may go at once after a rest; at least 1.
+        unit: What is counted: "calls", "tokens", "bytes", "cost" or any word of yours.
+
+    >>> RateLimit(per_minute=60, burst=5).rate
+    1.0
+    """
+
+    per_second: float | None = None
+    per_minute: float | None = None
+    per_hour: float | None = None
+    per_day: float | None = None
+    burst: float = 1
+    unit: str = "calls"
+
+    def __post_init__(self) -> None:
+        given = [name for name in _SECONDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            refuse("RateLimit", " and ".join(given) or "no rate", f"exactly one of {', '.join(_SECONDS)}")
+        require_positive(given[0], getattr(self, given[0]), finite=False)
+        require_at_least("burst", self.burst, 1)
+        require_kind("unit", self.unit, str)
+
+    @property
+    def rate(self) -> float:
+        """Units per second."""
+        given: dict[str, float | None] = {name: getattr(self, name) for name in _SECONDS}
+        return next(value / _SECONDS[name] for name, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """At most `limit` units in any rolling period of `seconds`, exactly.
+
+    >>> Window(limit=30, seconds=900).limit
+    30
+    """
+
+    limit: float
+    seconds: float
+    unit: str = "calls"
+
+    def __post_init__(self) -> None:
+        require_at_least("limit", self.limit, 1)
+        require_positive("seconds", self.seconds)
+        require_kind("unit", self.unit, str)
+
+
+@runtime_checkable
+class LiveLimit(Protocol):
+    """A limit that has state of its own and may be shared: `RateLimiter` is one."""
+
+    def as_limit_set(self) -> Any:
+        """Return the state as the engine's gates take from it."""
+
+
+Limit = RateLimit | Window | LiveLimit
+
+
+def check_limits(name: str, limits: object) -> tuple[Limit, ...]:
+    """Refuse what is not a sequence of limits; return it as a tuple."""
+    if isinstance(limits, (RateLimit, Window, LiveLimit)) or not isinstance(limits, Sequence):
+        refuse_type(name, limits, "a sequence of RateLimit, Window or RateLimiter")
+    for limit in limits:
+        if not isinstance(limit, (RateLimit, Window, LiveLimit)):
+            refuse_type(f"an item of {name}", limit, "a RateLimit, Window or RateLimiter")
+    return tuple(limits)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Whether and when a failed task is tried again.
+
+    The delay before attempt n+1 is `backoff * multiplier**(n-1)`, at most `max_backoff` seconds, and with
+    jitter="full" a random share of that (Brooker, "Exponential Backoff And Jitter", 2015).
+
+    Args:
+        max_attempts: Attempts in all; 1 means no retry.
+        backoff, multiplier, max_backoff: Seconds, factor, seconds.
+        jitter: "full" or "none".
+        timeout: Seconds for the whole task, from its first start, waiting included; None for no bound.
+        max_retry_after: A `RateLimitError` that asks for more seconds than this fails the task.
+        retry_on: The exceptions worth another attempt; or a predicate that takes the error and returns a bool, or
+            the seconds to wait.  It runs where the task ran, and once beforehand with a `TaskTimeoutError`.
+    """
+
+    max_attempts: int = 1
+    backoff: float = 1.0
+    multiplier: float = 2.0
+    max_backoff: float = 60.0
+    jitter: Literal["full", "none"] = "full"
+    timeout: float | None = None
+    max_retry_after: float = 300.0
+    retry_on: Retryable = (TransientError, OSError)
+
+    def __post_init__(self) -> None:
+        require_count("max_attempts", self.max_attempts)
+        require_at_least("backoff", self.backoff, 0.0)
+        require_at_least("multiplier", self.multiplier, 1.0)
+        require_at_least("max_backoff", self.max_backoff, 0.0)
+        require_choice("jitter", self.jitter, ("full", "none"))
+        optional(require_positive, "timeout", self.timeout)
+        require_at_least("max_retry_after", self.max_retry_after, 0.0)
+        if isinstance(self.retry_on, tuple):
+            for kind in self.retry_on:
+                if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+                    refuse_type("an item of retry_on", kind, "an exception class")
+        elif not callable(self.retry_on):
+            refuse_type("retry_on", self.retry_on, "a tuple of exception classes or a predicate")
+
+    def verdict(self, error: BaseException) -> bool | float:
+        """Say whether `error` is worth another attempt, or after how many seconds.  Runs the user's predicate."""
+        if isinstance(self.retry_on, tuple):
+            return isinstance(error, self.retry_on)
+        verdict = self.retry_on(error)
+        if isinstance(verdict, bool) or verdict is None:
+            return bool(verdict)
+        return require_at_least("what retry_on returned", verdict, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """When a source that keeps failing is left alone, and how it is tried again.
+
+    Closed, open and half open, after Nygard, "Release It!" (2007).
+
+    Args:
+        failures: Consecutive failed attempts that open it; None to look at `failure_rate` alone.
+        failure_rate: Share of the last `min_calls` attempts, in (0, 1], that opens it as well.
+        min_calls: How many attempts that share is taken of.
+        reset_after: Seconds until the first probe; doubles with each probe that fails.
+        max_reset_after: Seconds at most between probes.
+        successes: Probes that must succeed before it closes.
+        max_reopens: Failed probes after which waiting tasks are skipped; None to wait for ever.
+        on_open: "wait" keeps tasks queued for the probe, "skip" skips them at once.
+    """
+
+    failures: int | None = 5
+    failure_rate: float | None = None
+    min_calls: int = 20
+    reset_after: float = 30.0
+    max_reset_after: float = 600.0
+    successes: int = 1
+    max_reopens: int | None = 3
+    on_open: Literal["wait", "skip"] = "wait"
+
+    def __post_init__(self) -> None:
+        optional(require_count, "failures", self.failures)
+        optional(require_share, "failure_rate", self.failure_rate)
+        if self.failures is None and self.failure_rate is None:
+            refuse("failures", None, "a whole number >= 1 where there is no failure_rate")
+        require_count("min_calls", self.min_calls)
+        require_positive("reset_after", self.reset_after)
+        require_at_least("max_reset_after", self.max_reset_after, self.reset_after)
+        require_count("successes", self.successes)
+        optional(require_count, "max_reopens", self.max_reopens, 0)
+        require_choice("on_open", self.on_open, ("wait", "skip"))
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When a run stops before its inputs are done, and what becomes of what is running then.
+
+    Args:
+        max_failures: Stop at this many failed tasks (FAILED, ERROR or TIMEOUT).
+        failure_rate: Stop when this share of the outcomes, in (0, 1], are failures ...
+        min_outcomes: ... once there are this many outcomes.
+        timeout: Seconds for the run.
+        max_results: Stop at this many successes; what was running then may add more.
+        in_flight: "drain" lets what is running finish, "abandon" gives it up at once.
+        drain_seconds: How long a drain lasts at most.
+    """
+
+    max_failures: int | None = None
+    failure_rate: float | None = None
+    min_outcomes: int = 20
+    timeout: float | None = None
+    max_results: int | None = None
+    in_flight: Literal["drain", "abandon"] = "drain"
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        optional(require_count, "max_failures", self.max_failures)
+        optional(require_share, "failure_rate", self.failure_rate)
+        require_count("min_outcomes", self.min_outcomes)
+        optional(require_positive, "timeout", self.timeout)
+        optional(require_count, "max_results", self.max_results)
+        require_choice("in_flight", self.in_flight, ("drain", "abandon"))
+        require_at_least("drain_seconds", self.drain_seconds, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionPolicy:
+    """How a scheduler runs its tasks.
+
+    Args:
+        concurrency: Attempts at once, for each lane.
+        limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
+        batch_size: Tasks in a batch; None for no batches.
+        batch_backoff: Seconds between the last result of a batch and the first start of the next.
+        retry, stop: See there.
+        timeout: Seconds for one attempt, waiting excluded.
+        budget: Attempts a lane may use in one run; None for no bound.
+        breaker: See there; None for none.
+        lookahead: Inputs taken beyond those that run, for each lane.
+        max_abandoned: Hung calls given up in one lane before its breaker opens; None for its concurrency.
+    """
+
+    concurrency: int = 8
+    limits: Sequence[Limit] = ()
+    batch_size: int | None = None
+    batch_backoff: float = 0.0
+    retry: RetryPolicy = RetryPolicy()
+    stop: StopConditions = StopConditions()
+    timeout: float | None = None
+    budget: float | None = None
+    breaker: BreakerPolicy | None = None
+    lookahead: int = 64
+    max_abandoned: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("concurrency", self.concurrency)
+        object.__setattr__(self, "limits", check_limits("limits", self.limits))
+        optional(require_count, "batch_size", self.batch_size)
+        require_at_least("batch_backoff", self.batch_backoff, 0.0)
+        require_kind("retry", self.retry, RetryPolicy)
+        require_kind("stop", self.stop, StopConditions)
+        optional(require_positive, "timeout", self.timeout)
+        check_budget(self.budget)
+        optional(require_kind, "breaker", self.breaker, BreakerPolicy)
+        require_count("lookahead", self.lookahead, 0)
+        optional(require_count, "max_abandoned", self.max_abandoned)
+
+
+def check_budget(budget: object) -> None:
+    """Refuse a budget that is neither None nor a whole number of calls, 0 included."""
+    if budget is not None:
+        require_number("budget", budget)
+        require_count("budget", budget, 0)
