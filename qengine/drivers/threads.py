@@ -1,0 +1,293 @@
+"""The threads driver: flat combining.
+
+A worker that finished leaves its outcome in the inbox and tries the core's lock.  The one that gets it speaks for
+everybody: it feeds all that is in the inbox to the core, keeps one new step for itself and hands the rest to idle
+workers; the others go on.  Nobody ever blocks on the core, so no convoy forms.  (Hendler, Incze, Shavit and Tzafrir,
+"Flat Combining and the Synchronization-Parallelism Tradeoff", 2010.)
+
+Rules: the caller's thread only waits, so an exception raised by a signal handler leaves no lock held; a daemon
+timekeeper keeps the time, with one alarm that is moved only forward.  Threads are hired when there is work for them.
+A hung call is abandoned with its thread, which ends by itself when the call returns; all others are joined.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from enum import Enum
+from queue import Empty, SimpleQueue
+from threading import TIMEOUT_MAX, Lock, Thread
+from typing import Any
+
+from ..core.lane import Attempt, Feed
+from ..core.run import Run
+from ..core.steps import DONE, Cancel, Raised, Step, Wait
+from .calls import call, pull, raised, tell_cancelled
+
+Work = Attempt | Feed
+
+
+class Place(Enum):
+    """Where a worker is, as the holder of the core's lock knows it."""
+
+    BUSY = "busy"
+    IDLE = "idle"  # in the list of those who have nothing to do
+    CALLED = "called"  # there is work in its mailbox
+
+
+BUSY, IDLE, CALLED = Place
+
+
+class Worker:
+    """One thread of a crew, and the mailbox in which it waits for work."""
+
+    __slots__ = ("abandoned", "mailbox", "place", "thread")
+
+    def __init__(self) -> None:
+        self.place = Place.BUSY
+        self.mailbox: SimpleQueue[Work | None] = SimpleQueue()
+        self.abandoned = False
+        self.thread: Thread | None = None
+
+
+class Crew:
+    """The threads of one run.
+
+    Args:
+        run: What they obey.
+        now_fn: The run's clock, in seconds.
+        deliver: Called with each finished task, in order of completion, and with None after the last; under the
+            core's lock, so it may only hand over.
+        after_pump: Called without any lock after each turn; tells the user's listeners.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        now_fn: Callable[[], float] = time.monotonic,
+        deliver: Callable[[Attempt | None], object] | None = None,
+        after_pump: Callable[[], object] | None = None,
+    ) -> None:
+        self.run = run
+        self.over = False
+        self.fault: BaseException | None = None
+        self._now_fn = now_fn
+        self._deliver = deliver
+        self._after_pump = after_pump
+        self._context: Context = copy_context()
+        self._lock = Lock()
+        self._inbox: deque[tuple[Any, Any, Worker | None]] = deque()
+        self._alarm: SimpleQueue[None] = SimpleQueue()
+        self._sleep_until = math.inf
+        self._finished: SimpleQueue[None] = SimpleQueue()
+        self._idle: list[Worker] = []
+        self._hired: list[Worker] = []
+        self._unclaimed: dict[Work, Worker] = {}
+        self._timekeeper = Thread(target=self._keep_time, name="qengine-time", daemon=True)
+        run.on_wake = lambda lane: self.post(run.wake, lane)
+
+    # ---- for the caller, who only waits ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        self._timekeeper.start()
+
+    def post(self, method: Callable[..., object], *args: Any) -> None:
+        """Have a method of the run called with `args` and the time.  From any thread, and from a signal handler."""
+        self._inbox.append((method, args, None))
+        self._alarm.put(None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the run is over, at most `timeout` seconds; return whether it is."""
+        try:
+            self._finished.get(timeout=timeout)
+        except Empty:
+            return False
+        self._finished.put(None)  # for whoever waits next
+        return True
+
+    def join(self) -> None:
+        """Wait for the threads to end, except for those that hang."""
+        self._timekeeper.join()
+        for worker in self._hired:
+            if not worker.abandoned and worker.thread is not None:
+                worker.thread.join()
+
+    # ---- flat combining ----------------------------------------------------------------------------------------------
+
+    def _pump(self, worker: Worker | None) -> Work | None:
+        """Speak for everybody if the lock is free; return a step for this worker, if there is one."""
+        mine: Work | None = None
+        wants = worker is not None
+        inbox, lock, run = self._inbox, self._lock, self.run
+        while lock.acquire(False):
+            hires: list[tuple[Worker, Work]] = []
+            try:
+                now = self._now_fn()
+                while inbox:
+                    first, second, owner = inbox.popleft()
+                    if type(first) is Attempt:
+                        run.finished(first, second, now)
+                    else:
+                        first(*second, now)
+                    if owner is not worker and owner is not None:
+                        self._rest(owner)
+                wants = wants and worker is not None and self._is_free(worker)
+                while True:
+                    step = run.next(now)
+                    kind = type(step)
+                    if kind is Attempt or kind is Feed:
+                        if wants:
+                            wants = False
+                            mine = step  # type: ignore[assignment]
+                            mine.worker = worker  # type: ignore[union-attr]
+                        elif self._idle:
+                            self._hand_over(step, self._idle.pop())  # type: ignore[arg-type]
+                        else:
+                            hires.append((self._hire(step), step))  # type: ignore[arg-type]
+                    elif kind is Cancel:
+                        self._give_up(step, now)  # type: ignore[arg-type]
+                    else:
+                        break
+                if wants and worker is not None:
+                    wants = False
+                    self._rest(worker)
+                self._settle(step, worker is None)
+            except BaseException as error:  # a fault of ours: end the run rather than let it hang
+                self.fault = error
+                self._idle = list(self._hired)
+                self._end()
+            finally:
+                lock.release()
+            for hired, work in hires:  # starting a thread waits for it: not under the lock
+                self._start(hired, work)
+            if self._after_pump is not None:
+                self._after_pump()
+            if not inbox:  # looked at again after the release: nothing that was left meanwhile stays behind
+                break
+        return mine
+
+    def _settle(self, step: Step, keeps_time: bool) -> None:
+        """After the last step of a turn: pass on the results, set the alarm, or end it all."""
+        if self._deliver is not None and self.run.completed is not None:
+            while self.run.completed:
+                self._deliver(self.run.completed.popleft())
+        if step is DONE:
+            self._end()
+        elif isinstance(step, Wait) and step.until is not None and step.until < self._sleep_until:
+            self._sleep_until = step.until
+            if not keeps_time:
+                self._alarm.put(None)
+
+    def _end(self) -> None:
+        for worker in self._idle:
+            worker.mailbox.put(None)
+        self._idle.clear()
+        if not self.over:
+            self.over = True
+            if self._deliver is not None:
+                self._deliver(None)
+            self._alarm.put(None)
+            self._finished.put(None)
+
+    def _rest(self, worker: Worker) -> None:
+        """Note that a worker has nothing to do."""
+        if not worker.abandoned:
+            worker.place = IDLE
+            self._idle.append(worker)
+
+    def _is_free(self, worker: Worker) -> bool:
+        """Say whether the worker that pumps may take a step; another may have put it to rest or called it before."""
+        if worker.place is IDLE:
+            self._idle.remove(worker)
+            worker.place = BUSY
+        return worker.place is BUSY and not worker.abandoned
+
+    def _hand_over(self, work: Work, worker: Worker) -> None:
+        work.worker = worker
+        worker.place = CALLED
+        self._unclaimed[work] = worker
+        worker.mailbox.put(work)
+
+    def _give_up(self, step: Cancel, now: float) -> None:
+        target = step.target
+        if self._unclaimed.pop(target, None) is not None:  # nobody had picked it up: it was never made
+            self._rest(target.worker)
+            if isinstance(target, Attempt):
+                self.run.revoked(target, now)
+            return
+        target.worker.abandoned = True
+        target.worker.mailbox.put(None)
+        if isinstance(target, Attempt):
+            tell_cancelled(target, step.reason)
+
+    # ---- the threads -------------------------------------------------------------------------------------------------
+
+    def _hire(self, work: Work) -> Worker:
+        worker = Worker()
+        worker.thread = Thread(target=self._work, args=(worker,), name=f"qengine-{len(self._hired)}", daemon=True)
+        self._hired.append(worker)
+        self._hand_over(work, worker)
+        return worker
+
+    def _start(self, worker: Worker, work: Work) -> None:
+        assert worker.thread is not None
+        try:
+            worker.thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            worker.thread = None
+            if self._unclaimed.pop(work, None) is None:
+                return
+            if isinstance(work, Attempt):
+                self._inbox.append((work, Raised(error), None))
+            else:
+                self._inbox.append((self.run.offered, (work, [], True, error), None))
+
+    def _work(self, worker: Worker) -> None:
+        mailbox, inbox, unclaimed, context, now_fn = (
+            worker.mailbox,
+            self._inbox,
+            self._unclaimed,
+            self._context,
+            self._now_fn,
+        )
+        work = mailbox.get()
+        while work is not None:
+            if unclaimed.pop(work, None) is None:  # revoked in the same instant
+                work = mailbox.get()
+                continue
+            worker.place = BUSY
+            if type(work) is Attempt:
+                work.started_at = now_fn()  # not when it was handed over
+            while work is not None:
+                if type(work) is Attempt:
+                    try:
+                        outcome = context.copy().run(call, work, now_fn)
+                    except BaseException as error:
+                        outcome = raised(work, error)
+                    inbox.append((work, outcome, worker))
+                    outcome = None  # an idle worker keeps no result alive
+                elif isinstance(work, Feed):
+                    inbox.append((self.run.offered, (work, *context.copy().run(pull, work)), worker))
+                work = self._pump(worker)
+            work = mailbox.get()
+
+    def _keep_time(self) -> None:
+        while not self.over:
+            # First forget the alarm, then leave word: whoever has the lock, or gets it, looks again and sets it anew.
+            self._sleep_until = math.inf
+            self._inbox.append((_look_again, (), None))
+            self._pump(None)
+            delay = self._sleep_until - self._now_fn()
+            try:
+                self._alarm.get(timeout=None if delay == math.inf else min(max(0.0, delay), TIMEOUT_MAX))
+            except Empty:
+                continue
+
+
+def _look_again(now: float) -> None:
+    """Nothing but word that the time has come."""

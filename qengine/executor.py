@@ -1,0 +1,638 @@
+"""Many calls of one function: `ConcurrentExecutor`, and `TaskScheduler` with limits, batches, retries and stops.
+
+Rules: bad arguments are refused before anything has started.  Rate, window and breaker state belong to the executor
+and hold across its runs, also concurrent ones; a budget is per run.  A caller that is interrupted gets its exception
+within 0.1 s, with the partial report as its `report` attribute and, on the executor, as `last_report`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any, Generic, Self, TypeVar
+
+from .core.gate import Gate
+from .core.lane import Attempt, Feed, FeedKind, Lane, handful_of
+from .core.limits import LimitSet
+from .core.run import Run
+from .core.steps import Raised
+from .core.tree import Tree
+from .drivers.calls import is_plain_data, task_of
+from .drivers.threads import Crew
+from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_callable, require_kind
+from .manifest import RunManifest
+from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult
+from .policy import BreakerPolicy, ExecutionPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
+
+P = TypeVar("P")
+V = TypeVar("V")
+
+_log = logging.getLogger(__name__)
+
+INTERRUPT_SECONDS = 0.09
+"""How long an interrupted caller waits for the partial report."""
+
+
+def now_fn() -> float:
+    """Return the time of the threads' runs.  Never frozen by a test tool: a run must go on."""
+    return _monotonic()
+
+
+_monotonic = time.monotonic
+
+
+# ---- what all faces share --------------------------------------------------------------------------------------------
+
+
+def refuse_async(name: str, fn: object) -> None:
+    """Refuse an async function where threads would call it."""
+    target: Any = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    call = getattr(type(target), "__call__", None)  # noqa: B004 - an object may have an async one
+    if any(map(inspect.iscoroutinefunction, (target, call))) or any(map(inspect.isasyncgenfunction, (target, call))):
+        refuse_type(name, fn, "a plain function: threads cannot await an async one")
+
+
+def check_inputs(name: str, inputs: object) -> None:
+    """Refuse inputs that cannot be iterated, or that are used up."""
+    if not isinstance(inputs, Iterable):
+        refuse_type(name, inputs, "an iterable")
+    if inspect.isgenerator(inputs) and inspect.getgeneratorstate(inputs) == inspect.GEN_CLOSED:
+        refuse(name, inputs, "a generator that has not been used up: a generator can be run through only once")
+
+
+def make_gate(limits: Sequence[Limit], breaker: BreakerPolicy | None) -> Gate:
+    """Return the gate of some limits: those declared get a state of its own, live ones keep theirs."""
+    declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
+    limit_sets = [LimitSet(declared, now_fn(), Lock())] if declared else []
+    limit_sets += [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
+    return Gate(limit_sets, breaker, Lock())
+
+
+def timeout_verdict(retry: RetryPolicy) -> bool | float:
+    """Return what a retry policy makes of a timeout, asked before a run because the core runs no user code."""
+    return retry.verdict(TaskTimeoutError("no answer in time"))
+
+
+def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
+    """Return the result of a finished task."""
+    task = task_of(attempt)
+    outcome = attempt.outcome
+    raised = type(outcome) is Raised
+    calls = attempt.number
+    started = calls > 0
+    assert attempt.status is not None
+    return (QueryResult if isinstance(task, Query) else TaskResult)(
+        task=task,
+        status=attempt.status,
+        value=None if raised else outcome,
+        error=outcome.error if raised else None,
+        reason=attempt.reason,
+        attempts=calls,
+        usage={"calls": float(calls)},
+        source=attempt.lane.name,
+        started_at=attempt.started_at + wall_offset if started else None,
+        duration=attempt.duration if started else 0.0,
+    )
+
+
+class Session:
+    """One run with its threads, from its making to its report."""
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        *,
+        stop: StopConditions,
+        feed: Feed | None = None,
+        tree: Tree | None = None,
+        data: Iterator[Any] | None = None,
+        width: int | None = None,
+        records: list[Attempt] | None = None,
+        deliver: Callable[[Attempt | None], object] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        cancel: CancellationToken | None = None,
+        make_report: Callable[..., RunReport[Any, Any]] = RunReport,
+    ) -> None:
+        now = now_fn()
+        self.started_at = time.time()
+        self.wall_offset = self.started_at - now
+        self.tree = tree
+        self._events: deque[Event] = deque()
+        self._on_event = on_event
+        self._telling = Lock()
+        self._on_event_failed = False
+        self._make_report = make_report
+        self._cancel = cancel
+        self._unsubscribe: Callable[[], None] = lambda: None
+        self.run = Run(
+            lanes,
+            now,
+            feed=feed,
+            tree=tree,
+            data=data,
+            stop=stop,
+            width=width,
+            rng=random.Random(),
+            records=records,
+            completed=None if deliver is None else deque(),
+            emit=None if on_event is None else self._events.append,
+        )
+        self.crew = Crew(
+            self.run,
+            now_fn=now_fn,
+            deliver=deliver,
+            after_pump=None if on_event is None else self._tell,
+        )
+
+    def start(self) -> None:
+        """Begin."""
+        if self._cancel is not None:
+            self._unsubscribe = self._cancel.subscribe(self.cancel)
+        self.crew.start()
+
+    def cancel(self, reason: str, in_flight: str | None = None) -> None:
+        """Stop the run, from any thread."""
+        self.crew.post(lambda now: self.run.cancel(reason, now, in_flight))
+
+    def abort(self, reason: str) -> None:
+        """Stop it and wait for the end, but not for what runs."""
+        self.cancel(reason, "abandon")
+        self.crew.wait(INTERRUPT_SECONDS)
+        self._unsubscribe()
+
+    def join(self) -> None:
+        """Wait for the threads of a run that is over, and tell what is left to tell."""
+        self._unsubscribe()
+        self.crew.join()
+        if self._on_event is not None:
+            self._tell()
+        if self.crew.fault is not None:
+            raise self.crew.fault
+
+    def raise_if_ended_by_error(self, report: RunReport[Any, Any]) -> None:
+        """Raise what ended the run: the inputs' exception, or a task's SystemExit; with the report."""
+        error = self.run.fatal or self.run.input_error
+        if error is not None:
+            attach_report(error, report)
+            raise error
+
+    def report(self, results: Callable[[], Sequence[TaskResult[Any, Any]]]) -> RunReport[Any, Any]:
+        """Return the report."""
+        run = self.run
+        extra = {} if self.tree is None else {"active_nodes": [key.node for key in self.tree.active]}
+        return self._make_report(
+            results=results,
+            by_source={lane.name: lane.report(run.begun_at) for lane in run.lanes},
+            stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else None),
+            intake_cut=run.intake_cut,
+            abandoned=run.abandoned,
+            makespan=run.makespan,
+            started_at=self.started_at,
+            finished_at=now_fn() + self.wall_offset,
+            **extra,
+        )
+
+    def results(self, attempts: Iterable[Attempt]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
+        """Return what makes the results of some tasks, when they are looked at."""
+        return lambda: [result_of(attempt, self.wall_offset) for attempt in attempts if attempt.status is not None]
+
+    def _tell(self) -> None:
+        """Hand the events on, one at a time and in order; a listener that raises is reported once."""
+        while self._events and self._telling.acquire(False):
+            try:
+                while self._events:
+                    self._tell_one(self._events.popleft())
+            finally:
+                self._telling.release()
+
+    def _tell_one(self, event: Event) -> None:
+        assert self._on_event is not None
+        try:
+            self._on_event(event)
+        except Exception:
+            if not self._on_event_failed:
+                self._on_event_failed = True
+                _log.exception("on_event raised; the run goes on, and this is not reported again")
+
+
+def attach_report(error: BaseException, report: RunReport[Any, Any]) -> None:
+    """Give an exception the partial report as its `report` attribute, and its cause too."""
+    for target in (error, error.__cause__):
+        if target is not None:
+            try:
+                target.report = report  # type: ignore[attr-defined]
+            except AttributeError:  # an exception class with slots takes none
+                continue
+
+
+class Stream(Generic[P, V]):
+    """The results of a run, one by one: an iterator and a context manager.
+
+    The intake waits for the consumer: inputs taken and not yet handed out are at most concurrency + lookahead.  For
+    one thread at a time; `cancel` and `close` may be called from any.
+    """
+
+    def __init__(self, owner: Face, make_session: Callable[..., Session], ordered: bool) -> None:
+        self._owner = owner
+        self._out: SimpleQueue[Attempt | None] = SimpleQueue()
+        self._session = make_session(deliver=self._out.put)
+        self._waiting: dict[int, Attempt] | None = {} if ordered else None
+        self._next_index = 0
+        self._left: list[Attempt] = []
+        self._over = False
+        self.report: RunReport[P, V] | None = None
+        """The report: after the end, after `close`, and after an exception."""
+        self._guard(self._session.start)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TaskResult[P, V]:
+        if self._over:
+            raise StopIteration
+        attempt = self._guard(self._take)
+        if attempt is None:
+            self._end()
+            assert self.report is not None
+            self._session.raise_if_ended_by_error(self.report)
+            raise StopIteration
+        lane = attempt.lane
+        lane.delivered += 1
+        if lane.delivered >= lane.resume_at:
+            self._session.crew.post(self._session.run.delivered, lane)
+        return result_of(attempt, self._session.wall_offset)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_over", True):
+            self._session.cancel("closed", "abandon")
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Stop the run; what was taken is still handed out, CANCELLED where it was not finished."""
+        require_kind("reason", reason, str)
+        self._session.cancel(reason)
+
+    def close(self) -> None:
+        """Stop the run at once and give up what runs; what was not handed out is in `report.results`."""
+        if not self._over:
+            self._session.abort("closed")
+            self._end()
+
+    def _take(self) -> Attempt | None:
+        """Return the next attempt to hand out, in order if that was asked for; None after the last."""
+        waiting = self._waiting
+        if waiting is None:
+            return self._out.get()
+        while self._next_index not in waiting:
+            attempt = self._out.get()
+            if attempt is None:
+                return None
+            waiting[attempt.index] = attempt
+        self._next_index += 1
+        return waiting.pop(self._next_index - 1)
+
+    def _guard(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except BaseException as error:
+            self._session.abort("interrupted")
+            self._end()
+            assert self.report is not None
+            attach_report(error, self.report)
+            raise
+
+    def _end(self) -> None:
+        self._over = True
+        if self._session.crew.over:
+            self._session.join()
+        left = list((self._waiting or {}).values())
+        while True:
+            try:
+                attempt = self._out.get_nowait()
+            except Empty:
+                break
+            if attempt is not None:
+                left.append(attempt)
+        left.sort(key=lambda attempt: attempt.index)
+        self.report = self._owner.last_report = self._session.report(self._session.results(left))
+
+
+class Face:
+    """What the executors of threads share: `run` and `stream` over a session."""
+
+    last_report: RunReport[Any, Any] | None = None
+    """The report of the run that ended last, also of one that was interrupted."""
+
+    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        raise NotImplementedError
+
+    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Attempt], Any]) -> Any:
+        records: list[Attempt] = []
+        session = self._session(inputs, cancel, records=records)
+        results = session.results(records)
+        try:
+            session.start()
+            session.crew.wait()
+            session.join()
+        except BaseException as error:
+            session.abort("interrupted")
+            self.last_report = session.report(results)
+            attach_report(error, self.last_report)
+            raise
+        if session.tree is not None:
+            records.sort(key=order)
+        report = self.last_report = session.report(results)
+        session.raise_if_ended_by_error(report)
+        return report
+
+    def _stream(self, inputs: Any, ordered: bool, cancel: CancellationToken | None) -> Stream[Any, Any]:
+        return Stream(self, functools.partial(self._session, inputs, cancel), ordered)
+
+
+# ---- one function ----------------------------------------------------------------------------------------------------
+
+
+class _LaneBook:
+    """The lanes of one run, made when their key first comes up."""
+
+    def __init__(self, owner: _FunctionFace[Any, Any], budgets: Mapping[Any, float | None]) -> None:
+        self._owner = owner
+        self._budgets = budgets
+        self._lanes: dict[Any, Lane] = {}
+
+    def lane(self, key: Any) -> Lane:
+        """Return the lane of a key."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes.setdefault(key, self._owner._make_lane(key, self._budgets))
+        return lane
+
+    def budgets(self) -> dict[Any, float | None]:
+        """Return what each lane has left."""
+        return {key: lane.budget for key, lane in self._lanes.items()}
+
+
+class _FunctionFace(Face, Generic[P, V]):
+    """An executor of one function."""
+
+    def __init__(
+        self,
+        fn: Callable[[P], V],
+        policy: ExecutionPolicy,
+        lane_by: Callable[[P], Any] | None,
+        key: Callable[[P], Any] | None,
+        on_event: Callable[[Event], object] | None,
+    ) -> None:
+        require_callable("fn", fn)
+        require_kind("policy", policy, ExecutionPolicy)
+        for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
+            optional(require_callable, name, value)
+            refuse_async(name, value)
+        refuse_async("fn", fn)
+        self._fn = fn
+        self.policy = policy
+        self._lane_by = lane_by
+        self._key = key
+        self._on_event = on_event
+        self._retries_timeouts = timeout_verdict(policy.retry)
+        self._gates: dict[Any, Gate] = {}
+        self._calls: _Calls | None = None
+        self._calls_lock = Lock()
+        self._call_budgets: dict[Any, float | None] = {}
+
+    def run(
+        self, inputs: Iterable[P | Task[P]], cancel: CancellationToken | None = None
+    ) -> RunReport[P, V]:
+        """Call the function for every input and return the report, results in input order.
+
+        Args:
+            inputs: Payloads or Tasks; taken lazily, at most `lookahead` ahead.
+            cancel: Stops the run when it is cancelled.
+
+        Raises:
+            What the inputs' iterator raised, once all that was taken is done; what interrupts the caller, within
+            0.1 s.  Both with the report as their `report` attribute.
+        """
+        report: RunReport[P, V] = self._run(inputs, cancel, lambda attempt: attempt.index)
+        return report
+
+    def stream(
+        self,
+        inputs: Iterable[P | Task[P]],
+        ordered: bool = False,
+        cancel: CancellationToken | None = None,
+    ) -> Stream[P, V]:
+        """Call the function for every input; return an iterator over the results, as they come or in input order."""
+        return self._stream(inputs, ordered, cancel)
+
+    def call(self, payload: P | Task[P]) -> V:
+        """Call the function for one payload, under the same limits, and return its value.
+
+        From many threads at once: all calls of one executor share its concurrency and one budget.  Stop conditions
+        are those of a run and do not apply.
+
+        Raises:
+            The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
+        """
+        task = payload if isinstance(payload, Task) else Task(payload)
+        with self._calls_lock:
+            if self._calls is None:
+                self._calls = _Calls(self)
+            calls = self._calls
+            calls.pending += 1
+        try:
+            return calls.call(task)  # type: ignore[no-any-return]
+        finally:
+            with self._calls_lock:
+                calls.pending -= 1
+                last = calls.pending == 0
+                if last:
+                    self._calls = None
+            if last:
+                self._call_budgets = calls.close()
+
+    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        check_inputs("inputs", inputs)
+        optional(require_kind, "cancel", cancel, CancellationToken)
+        book = _LaneBook(self, {})
+        lane = None if self._lane_by is not None else book.lane("default")
+        feed = Feed(FeedKind.INPUTS, lambda: inputs, self._preparer(book), label="inputs", lane=lane)
+        feed.wanted = handful_of(self.policy.lookahead)
+        return Session(
+            [] if lane is None else [lane],
+            stop=self.policy.stop,
+            feed=feed,
+            data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
+            on_event=self._on_event,
+            cancel=cancel,
+            **fields,
+        )
+
+    def _preparer(self, book: _LaneBook) -> Callable[[Any], Attempt]:
+        """Return what makes an attempt of an input; the user's `key` and `lane_by` run in it."""
+        lane_by, key = self._lane_by, self._key
+
+        def prepare(item: Any) -> Attempt:
+            task = item if isinstance(item, Task) else None
+            payload = item if task is None else task.payload
+            try:
+                lane = book.lane("default" if lane_by is None else lane_by(payload))
+                if key is not None:
+                    task = replace(task or Task(payload), key=key(payload))
+            except Exception as error:  # the item is bad, not the run
+                attempt = Attempt(payload, task or Task(payload), book.lane("default"))
+                attempt.outcome = Raised(error)
+                return attempt
+            return Attempt(payload, task, lane)
+
+        return prepare
+
+    def _make_lane(self, key: Any, budgets: Mapping[Any, float | None]) -> Lane:
+        policy = self.policy
+        gate = self._gates.get(key)
+        if gate is None:
+            gate = self._gates.setdefault(key, make_gate(policy.limits, policy.breaker))
+        return Lane(
+            str(key),
+            gate,
+            self._fn,
+            concurrency=policy.concurrency,
+            lookahead=policy.lookahead,
+            retry=policy.retry,
+            retries_timeouts=self._retries_timeouts,
+            timeout=policy.timeout,
+            budget=budgets.get(key, policy.budget),
+            batch_size=policy.batch_size,
+            batch_backoff=policy.batch_backoff,
+            max_abandoned=policy.max_abandoned,
+        )
+
+
+class _Calls:
+    """The run behind `call`: open as long as somebody waits for an answer."""
+
+    def __init__(self, owner: _FunctionFace[Any, Any]) -> None:
+        self.pending = 0
+        self._book = _LaneBook(owner, owner._call_budgets)
+        self._prepare = owner._preparer(self._book)
+        self._replies: dict[int, SimpleQueue[Attempt | None]] = {}
+        self._feed = Feed(FeedKind.INPUTS, tuple, self._prepare, label="calls")
+        self._feed.pulling = self._feed.slow = True  # nothing is to be pulled: tasks are submitted
+        self._session = Session(
+            [], stop=StopConditions(), feed=self._feed, deliver=self._deliver, on_event=owner._on_event
+        )
+        self._session.start()
+
+    def call(self, task: Task[Any]) -> Any:
+        """Submit a task and wait for its value."""
+        attempt = self._prepare(task)
+        assert attempt.task is not None
+        reply: SimpleQueue[Attempt | None] = SimpleQueue()
+        self._replies[id(attempt.task)] = reply
+        crew = self._session.crew
+        crew.post(self._session.run.submitted, attempt)
+        finished = None if crew.over else reply.get()
+        if finished is None:
+            raise crew.fault or RuntimeError("the run behind call() ended early")
+        return result_of(finished, self._session.wall_offset).unwrap()
+
+    def close(self) -> dict[Any, float | None]:
+        """End the run and return the budgets left."""
+        if self._replies:  # the last caller was interrupted
+            self._session.abort("interrupted")
+        else:
+            self._session.crew.post(self._session.run.closed, self._feed)
+            self._session.crew.wait()
+            self._session.join()
+        return self._book.budgets()
+
+    def _deliver(self, attempt: Attempt | None) -> None:
+        if attempt is not None:
+            attempt.lane.delivered += 1
+            reply = self._replies.pop(id(attempt.task), None)
+            if reply is not None:
+                reply.put(attempt)
+            return
+        for reply in self._replies.values():
+            reply.put(None)
+
+
+class ConcurrentExecutor(_FunctionFace[P, V]):
+    """Runs a function over many inputs on a fixed number of threads.
+
+    Args:
+        fn: Called with each payload, in worker threads.
+        policy: Concurrency, timeout, retries, stops, budget; limits and batches need a TaskScheduler.
+        key: Names a payload: a second one of the same name in a run is skipped.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Thread-safe: several runs may go on at once.
+
+    >>> ConcurrentExecutor(lambda x: x * 2).run([1, 2, 3]).values()
+    [2, 4, 6]
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[P], V],
+        policy: ExecutionPolicy = ExecutionPolicy(),
+        *,
+        key: Callable[[P], Any] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        require_kind("policy", policy, ExecutionPolicy)
+        for name in ("limits", "batch_size"):
+            if getattr(policy, name):
+                refuse(f"policy.{name}", getattr(policy, name), "none here: use TaskScheduler")
+        super().__init__(fn, policy, None, key, on_event)
+
+
+class TaskScheduler(_FunctionFace[P, V]):
+    """Runs a function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
+
+    Args:
+        fn: Called with each payload, in worker threads.
+        policy: See ExecutionPolicy.
+        lane_by: Gives the lane of a payload: each has limits, concurrency, a budget and a breaker of its own.
+        key: Names a payload: a second one of the same name in a run is skipped.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Thread-safe: several runs may go on at once; they share the limits.
+
+    >>> from qengine import RateLimit
+    >>> policy = ExecutionPolicy(limits=[RateLimit(per_second=1000, burst=5)], budget=2)
+    >>> report = TaskScheduler(str.upper, policy).run(["a", "b", "c"])
+    >>> report.values(), report.skipped_count
+    (['A', 'B'], 1)
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[P], V],
+        policy: ExecutionPolicy,
+        *,
+        lane_by: Callable[[P], Any] | None = None,
+        key: Callable[[P], Any] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        super().__init__(fn, policy, lane_by, key, on_event)
+
+    @classmethod
+    def from_manifest(cls, fn: Callable[[P], V], manifest: RunManifest, **options: Any) -> Self:
+        """Make one with the policy of a manifest; `options` are those of the class."""
+        return cls(fn, require_kind("manifest", manifest, RunManifest).policy, **options)

@@ -1,0 +1,317 @@
+"""A hierarchy of nodes, asked of several sources at once: `Source`, `Plan`, `QueryExecutor`.
+
+A root is a node of level 0.  What to ask a source about a node, and which children an answer opens up, the user's
+plan says.  A node becomes active with the first non-empty result of any source; then its children are asked of every
+source.  There is no barrier between levels, and no source waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
+from .core.steps import Raised
+from .core.tree import NodeKey, Tree
+from .errors import (
+    optional,
+    refuse,
+    refuse_type,
+    require_at_least,
+    require_callable,
+    require_count,
+    require_kind,
+    require_positive,
+)
+from .executor import Face, Session, Stream, check_inputs, make_gate, refuse_async, result_of, timeout_verdict
+from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
+from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_budget, check_limits
+
+N = TypeVar("N", bound=Hashable)
+
+
+class Source:
+    """Something that can be asked, and its limits.
+
+    Args:
+        name: Names it in reports.
+        fetch: Called with a Query, in a worker thread; returns an iterable of the items found.
+        limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
+        concurrency: Calls at once.
+        budget: Calls in one run; None for no bound.
+        breaker: When it is left alone after failures; None for never.
+        retry: Whether and when a failed call is made again.
+        timeout: Seconds for one call; None for no bound.
+        accepts: Called with a Query; False has it SKIPPED as `unsupported`.
+        cost: What one call costs.
+        max_abandoned: Hung calls given up at once before the breaker opens; None for the concurrency.
+
+    Rate, window and breaker state belong to this object and hold across runs and executors.  Thread-safe.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fetch: Callable[[Query[Any]], Iterable[Any]],
+        limits: Sequence[Limit] = (),
+        *,
+        concurrency: int = 1,
+        budget: float | None = None,
+        breaker: BreakerPolicy | None = None,
+        retry: RetryPolicy = RetryPolicy(),
+        timeout: float | None = None,
+        accepts: Callable[[Query[Any]], bool] | None = None,
+        cost: float = 0.0,
+        max_abandoned: int | None = None,
+    ) -> None:
+        if not require_kind("name", name, str):
+            refuse("name", name, "a name that is not empty")
+        require_callable("fetch", fetch)
+        refuse_async("fetch", fetch)
+        optional(require_callable, "accepts", accepts)
+        refuse_async("accepts", accepts)
+        optional(require_kind, "breaker", breaker, BreakerPolicy)
+        check_budget(budget)
+        optional(require_positive, "timeout", timeout)
+        optional(require_count, "max_abandoned", max_abandoned)
+        self.name = name
+        self.fetch = fetch
+        self.limits = check_limits("limits", limits)
+        self.concurrency = require_count("concurrency", concurrency)
+        self.budget = budget
+        self.breaker = breaker
+        self.retry = require_kind("retry", retry, RetryPolicy)
+        self.timeout = timeout
+        self.accepts = accepts
+        self.cost = require_at_least("cost", cost, 0.0)
+        self.max_abandoned = max_abandoned
+        self._gate = make_gate(self.limits, breaker)
+
+    def make_lane(self, lookahead: int) -> Lane:
+        """Return the source's lane in one run."""
+        return Lane(
+            self.name,
+            self._gate,
+            lambda query: list(self.fetch(query)),
+            concurrency=self.concurrency,
+            lookahead=lookahead,
+            retry=self.retry,
+            retries_timeouts=timeout_verdict(self.retry),
+            timeout=self.timeout,
+            budget=self.budget,
+            max_abandoned=self.max_abandoned,
+            cost=self.cost,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Source {self.name!r}>"
+
+
+@runtime_checkable
+class Plan(Protocol[N]):
+    """What to ask, and where to go on.  All methods run in worker threads; what they raise becomes a result.
+
+    A plan may also have `following(query, result)`, which returns the next queries of the same source after a result,
+    pages for example; each takes a permit of its own.
+    """
+
+    def queries(self, node: N, source: Source) -> Iterable[Any]:
+        """Return what to ask this source about this node: Query objects or bare payloads."""
+
+    def children(self, node: N, result: QueryResult[Any]) -> Iterable[N]:
+        """Return the nodes that a non-empty result opens up; one that was reached before is not asked again."""
+
+
+class QueryExecutor(Face):
+    """Asks several sources about a hierarchy of nodes, parents first, children only where something was found.
+
+    Args:
+        sources: Their names must differ.
+        plan: See Plan.
+        concurrency: Calls at once over all sources; None for the sum of theirs.
+        stop: When to stop.
+        lookahead: Queries made ready beyond those that run, for each source.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Thread-safe: several runs may go on at once; they share the sources' limits.
+
+    >>> class Two:
+    ...     def queries(self, node, source):
+    ...         return [f"{node}?"]
+    ...     def children(self, node, result):
+    ...         return [node + "1", node + "2"] if len(node) < 2 else []
+    >>> echo = Source("echo", lambda query: [query.payload.upper()])
+    >>> QueryExecutor([echo], Two()).run(["a", "b"]).items
+    ['A?', 'B?', 'A1?', 'A2?', 'B1?', 'B2?']
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: Plan[Any],
+        *,
+        concurrency: int | None = None,
+        stop: StopConditions = StopConditions(),
+        lookahead: int = 64,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
+            refuse_type("sources", sources, "a sequence of Source")
+        names = [source.name for source in sources]
+        if not names or len(set(names)) < len(names):
+            refuse("sources", names, "one or more sources of different names")
+        for method in ("queries", "children"):
+            if not callable(getattr(plan, method, None)):
+                refuse_type("plan", plan, f"an object with the methods queries and children; {method} is missing")
+        for method in ("queries", "children", "following"):
+            refuse_async(f"plan.{method}", getattr(plan, method, None))
+        optional(require_count, "concurrency", concurrency)
+        require_count("lookahead", lookahead, 0)
+        optional(require_callable, "on_event", on_event)
+        refuse_async("on_event", on_event)
+        self.sources = tuple(sources)
+        self.plan = plan
+        self.concurrency = concurrency
+        self.stop = require_kind("stop", stop, StopConditions)
+        self.lookahead = lookahead
+        self._on_event = on_event
+
+    def run(self, roots: Iterable[Hashable], cancel: CancellationToken | None = None) -> CollectionReport[Any]:
+        """Ask all that there is to ask, and return the report: results by level, then root, then child.
+
+        Args:
+            roots: The nodes of level 0; taken lazily.
+            cancel: Stops the run when it is cancelled.
+
+        Raises:
+            What the roots' iterator raised, once all that was taken is done; what interrupts the caller, within
+            0.1 s.  Both with the report as their `report` attribute.
+        """
+        order = {source.name: position for position, source in enumerate(self.sources)}
+
+        def place(attempt: Attempt) -> Any:
+            assert attempt.rank is not None
+            _, level, path, *rest = attempt.rank
+            return (level, path, order[attempt.lane.name], rest)
+
+        report: CollectionReport[Any] = self._run(roots, cancel, place)
+        return report
+
+    def stream(
+        self,
+        roots: Iterable[Hashable],
+        ordered: bool = False,
+        cancel: CancellationToken | None = None,
+    ) -> Stream[Any, Any]:
+        """Ask all that there is to ask; return an iterator over the results, as they come or in the order asked."""
+        return self._stream(roots, ordered, cancel)
+
+    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        check_inputs("roots", inputs)
+        optional(require_kind, "cancel", cancel, CancellationToken)
+        lanes = [source.make_lane(self.lookahead) for source in self.sources]
+        feeds = _Feeds(self.plan, self.sources, lanes)
+        roots = Feed(FeedKind.NODES, lambda: inputs, feeds.node_of((), lanes[0]), label="roots")
+        has_following = callable(getattr(self.plan, "following", None))
+        tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
+        return Session(
+            lanes,
+            stop=self.stop,
+            tree=tree,
+            width=self.concurrency,
+            on_event=self._on_event,
+            cancel=cancel,
+            make_report=CollectionReport,
+            **fields,
+        )
+
+
+class _Feeds:
+    """Makes the feeds of a tree: closures over the user's plan, which only a worker calls."""
+
+    def __init__(self, plan: Any, sources: Sequence[Source], lanes: Sequence[Lane]) -> None:
+        self._plan = plan
+        self._sources = {id(lane): source for lane, source in zip(lanes, sources, strict=True)}
+
+    def queries(self, key: NodeKey, lane: Lane, rank: Rank) -> Feed:
+        source = self._sources[id(lane)]
+        return Feed(
+            FeedKind.QUERIES,
+            lambda: self._plan.queries(key.node, source),
+            self._query_of(key.node, lane, rank[0]),
+            label="plan.queries",
+            lane=lane,
+            node=key,
+            rank=rank,
+        )
+
+    def children(self, attempt: Attempt) -> Feed:
+        query: Any = attempt.task
+        assert attempt.rank is not None
+        rank = attempt.rank[1:3]
+        return Feed(
+            FeedKind.NODES,
+            lambda: self._plan.children(query.node, result_of(attempt, 0.0)),
+            self.node_of(rank, attempt.lane, query.node),
+            label="plan.children",
+            lane=attempt.lane,
+            node=NodeKey(query.node),
+            rank=rank,
+        )
+
+    def following(self, attempt: Attempt) -> Feed:
+        query: Any = attempt.task
+        assert attempt.rank is not None
+        return Feed(
+            FeedKind.QUERIES,
+            lambda: self._plan.following(query, result_of(attempt, 0.0)) or (),
+            self._query_of(query.node, attempt.lane, query.level),
+            label="plan.following",
+            lane=attempt.lane,
+            node=NodeKey(query.node),
+            rank=attempt.rank[1:4],
+        )
+
+    def node_of(self, rank: Rank, lane: Lane, parent: Any = None) -> Callable[[Any], Any]:
+        """Return what prepares a node: its hash is asked for here, outside the core."""
+        level = rank[0] + 1 if rank else 0
+
+        def prepare(item: Any) -> NodeKey | Attempt:
+            if isinstance(item, Raised):  # what plan.children raised
+                return _bad_query(parent, level - 1, lane, item)
+            try:
+                return NodeKey(item)
+            except Exception as error:  # not hashable: the item is bad, not the run
+                return _bad_query(item, level, lane, Raised(error))
+
+        return prepare
+
+    def _query_of(self, node: Any, lane: Lane, level: int) -> Callable[[Any], Attempt]:
+        """Return what prepares a query: names its node, level and source, and asks whether the source takes it."""
+        accepts = self._sources[id(lane)].accepts
+
+        def prepare(item: Any) -> Attempt:
+            if isinstance(item, Raised):  # what plan.queries or plan.following raised
+                return _bad_query(node, level, lane, item)
+            if isinstance(item, Query):
+                query = replace(item, node=node if item.node is None else item.node, level=level, source=lane.name)
+            else:
+                query = Query(item, node=node, level=level, source=lane.name)
+            attempt = Attempt(query, query, lane)
+            try:
+                if accepts is not None and not accepts(query):
+                    attempt.reason = "unsupported"
+            except Exception as error:  # the query is bad, not the run
+                attempt.outcome = Raised(error)
+            return attempt
+
+        return prepare
+
+
+def _bad_query(node: Any, level: int, lane: Lane, raised: Raised) -> Attempt:
+    """Return what becomes the result of a node that could not be asked about."""
+    query: Query[Any] = Query(None, node=node, level=level, source=lane.name)
+    attempt = Attempt(query, query, lane)
+    attempt.outcome = raised
+    return attempt
