@@ -1,0 +1,51 @@
+"""The alarms of a run, in order of their instants; those of one instant in the order in which they were set."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+
+class Timer(Enum):
+    """What an alarm is for."""
+
+    LANE = "lane"  # a lane may admit again
+    RETRY = "retry"  # an attempt's backoff is over
+    GIVE_UP = "give up"  # a task's time is over while it waits
+    DEADLINE = "deadline"  # the run's time is over
+    DRAINED = "drained"  # what still runs is given up
+    PULLS = "pulls"  # what is still being pulled is given up
+
+
+class Timers:
+    """A heap of alarms."""
+
+    __slots__ = ("_heap", "_number")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Timer, Any]] = []
+        self._number = 0
+
+    @property
+    def next_at(self) -> float:
+        """The instant of the next, infinity if there is none."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def set(self, at: float, timer: Timer, what: Any) -> None:
+        """Set one."""
+        self._number += 1
+        heappush(self._heap, (at, self._number, timer, what))
+
+    def pop(self) -> tuple[Timer, Any]:
+        """Take out the next."""
+        _, _, timer, what = heappop(self._heap)
+        return timer, what
+
+    def take_out(self, kind: Timer) -> list[Any]:
+        """Take out all of one kind, and return what they were for, in order."""
+        out = sorted(entry[:2] + entry[3:] for entry in self._heap if entry[2] is kind)
+        self._heap = [entry for entry in self._heap if entry[2] is not kind]
+        heapify(self._heap)
+        return [what for _, _, what in out]

@@ -1,0 +1,83 @@
+"""What is found: one reference to an article, as the sources give it and as a line of a file holds it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ArticleRef", "mentioned_district", "read_articles"]
+
+
+@dataclass(frozen=True, slots=True)
+class ArticleRef:
+    """A reference to an article, in the words of its source.
+
+    Attributes:
+        title: The headline.
+        url: Where it is.
+        source: Who published it; empty where the source does not say.
+        date: When, ISO 8601 in India's offset; None where the source does not say.
+        language: The language that was asked for, ISO 639-1.
+        state: The name of the state that was asked about.
+        district: The district it was found for: the only one asked about, or the only one of those asked about whose
+            name is in the title; else None, because no source says which district of a batch it found.
+        search_term: The text of the query.
+        found_by: The name of the source that was asked.
+    """
+
+    title: str
+    url: str
+    source: str
+    date: str | None
+    language: str
+    state: str
+    district: str | None
+    search_term: str
+    found_by: str
+
+    def to_line(self) -> str:
+        """The article as one line of JSON, newline included."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def mentioned_district(title: str, districts: Iterable[str]) -> str | None:
+    """The district an article found for these is about, or None where that cannot be told.
+
+    >>> mentioned_district("Heat in West Kameng", ["Kameng", "West Kameng"])
+    'West Kameng'
+    """
+    names = sorted(districts, key=len, reverse=True)  # at any place in the title the longest name wins
+    if len(names) <= 1:
+        return next(iter(names), None)
+    found = set(re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", title))
+    return found.pop() if len(found) == 1 else None
+
+
+def read_articles(path: str | Path) -> list[Mapping[str, Any]]:
+    """The articles in a file of JSON lines, each an object that has a state and a URL.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is not that; the message names the file and the line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return list(_articles(file, path))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a file of JSON lines: it is not UTF-8") from error
+
+
+def _articles(lines: Iterable[str], path: str | Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            article = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(article, dict) or not all(isinstance(article.get(name), str) for name in ("state", "url")):
+            raise ValueError(f"{path}, line {number}: not an article: an object with a state and a url is needed")
+        yield article

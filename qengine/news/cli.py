@@ -1,0 +1,358 @@
+"""The command line: `python -m qengine collect`.
+
+Rules:
+
+- whatever is wrong with the command is said before anything starts, and exits with 2;
+- exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
+  never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after SIGTERM, with everything so far on disk;
+- articles go to a file, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TextIO, TypeVar
+
+from ..model import CancellationToken, CollectionReport
+from ..query import Source
+from .articles import read_articles
+from .collect import SIGNAL_EXIT_CODES, cancelled_by_signals, collect
+from .dates import ALWAYS, INDIA, Period, parse_duration
+from .demo import DEMO_FAULTS, DEMO_SPEED, demo_articles
+from .formats import Article
+from .http import check_base_url, is_loopback
+from .output import ArticleFile, check_report, check_writable, write_report
+from .queries import QueryGenerator
+from .regions import StateUT, get_all_regions, get_region_by_slug
+from .server import NewsServer
+from .sources import SOURCES, SourceOptions, create_scheduler
+from .summary import Tally, render, silent_sources, summarize
+from .terms import HEAT, Terms, load_terms
+
+__all__ = ["main"]
+
+T = TypeVar("T")
+
+BROKEN, BAD_USAGE, SILENT_SOURCE, DEADLINE = 1, 2, 3, 4
+
+_PROGRESS_SECONDS: Final = 1.0
+_ANY_KEY: Final = "loopback"  # what a server on loopback is shown where no key is set
+
+_EPILOG: Final = """\
+sources: google needs no key; newsdata and gnews take theirs from NEWSDATA_API_KEY and GNEWS_API_KEY.
+durations: 30s, 15m, 2h, 7d.
+exit codes: 0 done; 2 bad usage; 3 done, but some source never answered; 4 stopped by --deadline;
+130 after Ctrl-C, 143 after SIGTERM, with everything so far on disk.
+
+try it, without a key or the network:  python -m qengine collect --demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; those of the process unless given.
+
+    Returns:
+        The exit code.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help(sys.stderr)
+            return BAD_USAGE
+        return _collect(arguments)
+    except SystemExit as exit:  # argparse has said what is wrong
+        return int(exit.code or 0)
+    except KeyboardInterrupt:
+        return SIGNAL_EXIT_CODES["SIGINT"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qengine", description="Many calls against sources that limit you.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    command = commands.add_parser(
+        "collect",
+        help="collect news, state by state, then district by district",
+        description="Collect news about a topic, state by state, then district by district, from three sources.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_what(command)
+    _add_where_to(command)
+    _add_from(command)
+    return parser
+
+
+def _add_what(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("what to collect").add_argument
+    add("--states", type=_type(_states), metavar="SLUG,...", help="these states and union territories (default: all)")
+    add("--sources", type=_type(_sources), metavar="NAME,...", help=f"of {', '.join(SOURCES)} (default: all)")
+    add("--terms", type=_type(load_terms), metavar="FILE.toml", help="search terms instead of those for heat")
+    when = command.add_mutually_exclusive_group()
+    when.add_argument("--since", type=_type(parse_duration), metavar="DURATION", help="only that recent, like 24h")
+    when.add_argument(
+        "--date-range", type=_type(Period.parse_days), metavar="DAY:DAY", help="only these days in India, both included"
+    )
+
+
+def _add_where_to(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("where to").add_argument
+    add("--out", metavar="FILE", help="the articles, as JSON lines (default: articles.jsonl; --demo: a new file)")
+    add("--append", action="store_true", help="go on with --out if it exists")
+    add("--report", metavar="FILE", help="what became of the run, as JSON")
+    add("--quiet", action="store_true", help="no progress and no table")
+
+
+def _add_from(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how").add_argument
+    add("--timeout", type=_type(parse_duration), default=30.0, metavar="DURATION", help="for a call (default: 30s)")
+    add("--deadline", type=_type(parse_duration), metavar="DURATION", help="for the run; after that it stops")
+    add("--base-url", type=_type(_base_url), action="append", default=[], metavar="NAME=URL", help="ask a source there")
+    add("--speed", type=_type(_speed), metavar="N", help="limits and pauses N times faster; for loopback servers only")
+    add("--server-log", metavar="FILE", help="every request to the server of --replay or --demo, as JSON lines")
+    server = command.add_mutually_exclusive_group()
+    server.add_argument("--demo", action="store_true", help="from a server of our own, with made-up stories")
+    server.add_argument(
+        "--replay", type=_type(_recorded), metavar="FILE.jsonl", help="from a server of our own, with recorded articles"
+    )
+
+
+def _type(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Have argparse show the message of a ValueError, which says more than its own."""
+
+    def checked(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
+
+
+def _states(text: str) -> tuple[StateUT, ...]:
+    return tuple(dict.fromkeys(get_region_by_slug(slug) for slug in _listed(text, "state")))
+
+
+def _sources(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_source(name) for name in _listed(text, "source")))
+
+
+def _base_url(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not equals:
+        raise ValueError(f"base URL must be like google=http://127.0.0.1:8000/rss/search, not {text!r}")
+    return _source(name), check_base_url(url)
+
+
+def _speed(text: str) -> float:
+    speed = float(text) if text.replace(".", "", 1).isdecimal() else math.nan
+    if not 0.0 < speed < math.inf:
+        raise ValueError(f"speed must be a finite number > 0, not {text!r}")
+    return speed
+
+
+def _recorded(path: str) -> _Recording:
+    return _Recording(Path(path), read_articles(path))
+
+
+def _source(name: str) -> str:
+    if name not in SOURCES:
+        nearest = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown source {name!r}: did you mean {nearest!r}?")
+    return name
+
+
+def _listed(text: str, what: str) -> Iterable[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"a {what} is missing in {text!r}: names with commas between them are needed")
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A file of articles, read and found good."""
+
+    path: Path
+    articles: Sequence[Article]
+
+
+class _Collect:
+    """The command, its arguments checked one by one; `run` does what they say."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.tally = Tally()
+        self.token = CancellationToken()
+        self.regions: tuple[StateUT, ...] = arguments.states or get_all_regions()
+        self.terms: Terms = arguments.terms or HEAT
+        self.urls: Mapping[str, str] = dict(arguments.base_url)
+        self.has_server: bool = arguments.demo or arguments.replay is not None
+        self.keys = self._keys(arguments.sources or tuple(SOURCES))
+        self.speed = self._checked_speed()
+        self.out = self._out_path()
+        self._check_terms()
+        self._check_files()
+
+    def run(self) -> int:
+        """Collect; return the exit code."""
+        with ExitStack() as stack:
+            stack.enter_context(cancelled_by_signals(self.token))
+            out = stack.enter_context(ArticleFile(self.out, append=self.arguments.append))
+            server = self._start_server(stack)
+            report = collect(
+                [self._create(name, server) for name in self.keys],
+                QueryGenerator(self.terms, self._period()),
+                self.regions,
+                out,
+                tally=self.tally,
+                deadline=self.arguments.deadline,
+                cancel=self.token,
+                on_progress=self._progress(),
+            )
+            return self._conclude(report)
+
+    def _keys(self, names: Sequence[str]) -> Mapping[str, str | None]:
+        """The sources to be asked, with their keys; one whose key is missing is left out."""
+        keys: dict[str, str | None] = {}
+        for name in names:
+            variable = SOURCES[name].key_variable
+            key = variable and (os.environ.get(variable, "").strip() or (_ANY_KEY if self._is_local(name) else ""))
+            if key == "":
+                _say(f"{name} is left out: {variable} is not set")
+            else:
+                keys[name] = key
+        if not keys:
+            raise ValueError("no source is left to ask")
+        return keys
+
+    def _is_local(self, name: str) -> bool:
+        return is_loopback(self.urls[name]) if name in self.urls else self.has_server
+
+    def _checked_speed(self) -> float:
+        speed: float | None = self.arguments.speed
+        if speed is None:
+            return DEMO_SPEED if self.arguments.demo else 1.0
+        if remote := [name for name in self.keys if not self._is_local(name)]:
+            raise ValueError(
+                f"--speed is for servers on loopback, not for {', '.join(remote)}: use --replay, --demo or --base-url"
+            )
+        return speed
+
+    def _out_path(self) -> Path:
+        if self.arguments.out is not None:
+            return Path(self.arguments.out)
+        if not self.arguments.demo or self.arguments.append:
+            return Path("articles.jsonl")
+        return Path(tempfile.mkdtemp(prefix="qengine-demo-")) / "articles.jsonl"
+
+    def _check_terms(self) -> None:
+        needed = {language for region in self.regions for language in region.query_languages}
+        if missing := sorted(needed - self.terms.languages):
+            raise ValueError(f"the terms have none for {', '.join(missing)}, in which these states are asked")
+
+    def _check_files(self) -> None:
+        arguments = self.arguments
+        if arguments.server_log is not None and not self.has_server:
+            raise ValueError("--server-log is for the server of --replay or --demo")
+        named = [self.out, arguments.report, arguments.server_log, arguments.replay and arguments.replay.path]
+        paths = [Path(path).resolve() for path in named if path is not None]
+        if len(set(paths)) < len(paths):
+            raise ValueError("--out, --report, --server-log and --replay must be different files")
+        if arguments.report is not None:
+            check_report(arguments.report)
+        if arguments.server_log is not None:
+            check_writable(arguments.server_log)
+
+    def _start_server(self, stack: ExitStack) -> NewsServer | None:
+        arguments = self.arguments
+        if not self.has_server:
+            return None
+        articles = demo_articles(datetime.now(INDIA).date()) if arguments.demo else arguments.replay.articles
+        faults = DEMO_FAULTS if arguments.demo else {}
+        log = arguments.server_log and stack.enter_context(_open_log(arguments.server_log))
+        return stack.enter_context(NewsServer(articles, speed=self.speed, log=log, faults=faults))
+
+    def _create(self, name: str, server: NewsServer | None) -> Source:
+        options: SourceOptions = {
+            "base_url": self.urls.get(name) or (server.url(name) if server is not None else None),
+            "timeout": self.arguments.timeout,
+            "speed": self.speed,
+            "on_failure": self.tally.failed,
+        }
+        return create_scheduler(name, self.keys[name], **options)
+
+    def _period(self) -> Period:
+        if self.arguments.since is not None:
+            return Period.since(self.arguments.since, datetime.now(UTC))
+        return self.arguments.date_range or ALWAYS
+
+    def _progress(self) -> Callable[[], object] | None:
+        if self.arguments.quiet or not sys.stderr.isatty():
+            return None
+        return _Progress(self.tally)
+
+    def _conclude(self, report: CollectionReport[Any]) -> int:
+        code = _exit_code(report)
+        summary = summarize(report, self.tally, code)
+        if not self.arguments.quiet:
+            _say(f"{render(summary)}\nwritten to       {self.out}", prefix="")
+        if self.arguments.report is not None:
+            write_report(self.arguments.report, summary)
+        return code
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    try:
+        return _Collect(arguments).run()
+    except ValueError as error:
+        _say(f"error: {error}")
+        return BAD_USAGE
+    except OSError as error:  # a full disk, a folder that went away
+        _say(f"error: cannot go on: {error}")
+        return BROKEN
+
+
+def _exit_code(report: CollectionReport[Any]) -> int:
+    reason = report.stop_reason
+    if reason in SIGNAL_EXIT_CODES:
+        return SIGNAL_EXIT_CODES[reason]
+    if reason == "timeout":
+        return DEADLINE
+    return SILENT_SOURCE if silent_sources(report) else 0
+
+
+def _open_log(path: str) -> TextIO:
+    return open(path, "w", encoding="utf-8", errors="replace")
+
+
+class _Progress:
+    """Says how many articles there are, at most once a second."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._next_at = time.monotonic() + _PROGRESS_SECONDS
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_at:
+            self._next_at = now + _PROGRESS_SECONDS
+            _say(f"{self._tally.articles} articles, {len(self._tally.districts)} districts asked")
+
+
+def _say(text: str, prefix: str = "qengine collect: ") -> None:
+    print(prefix + text, file=sys.stderr, flush=True)

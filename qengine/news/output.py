@@ -1,0 +1,122 @@
+"""The files a collection writes.
+
+Rules:
+
+- an article is on disk the moment it is found, as one whole line written at once: whatever ends the program, the file
+  holds whole lines, and all that were found;
+- each URL stands in it once per state, also across runs that append;
+- a file that exists is not written to unless that was asked for, and none is touched before all that can be wrong with
+  the command has been looked at;
+- a report appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .articles import ArticleRef, read_articles
+
+__all__ = ["ArticleFile", "check_report", "check_writable", "write_report"]
+
+
+class ArticleFile:
+    """Articles as JSON lines. Not thread-safe.
+
+    Args:
+        path: Where.
+        append: Go on with a file that exists: what is in it is not written again, and a last line that was torn by a
+            crash is cut off.
+
+    Raises:
+        ValueError: the file exists (without `append`), cannot be written, or holds something else.
+    """
+
+    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+        self.path = Path(path)
+        self._seen = _resume(self.path) if append and self.path.exists() else set()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        try:
+            self._file = os.open(self.path, flags if append else flags | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise ValueError(f"{path} exists: give another --out, or --append to go on with it") from None
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def add(self, article: ArticleRef) -> bool:
+        """Write the article, unless its URL is there for its state; return whether it was new."""
+        identity = article.state, article.url
+        if identity in self._seen:
+            return False
+        line = article.to_line().encode("utf-8", "replace")  # a lone surrogate from a source must not end the run
+        while line:
+            line = line[os.write(self._file, line) :]
+        self._seen.add(identity)
+        return True
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError if the file cannot be written; leaves things as they were."""
+    existed = os.path.lexists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    if not existed:
+        os.unlink(path)
+
+
+def check_report(path: str | Path) -> None:
+    """Raise ValueError if a report cannot be written there."""
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: Is a directory")
+    check_writable(_part(path))
+
+
+def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write the report as JSON, in place of an earlier one."""
+    part = _part(path)
+    part.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", errors="replace")
+    part.replace(path)
+
+
+def _part(path: str | Path) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.part")
+
+
+def _resume(path: Path) -> set[tuple[str, str]]:
+    """What the file holds, after mending its end."""
+    try:
+        _mend(path)
+    except OSError as error:
+        raise ValueError(f"cannot append to {path}: {error.strerror}") from error
+    return {(article["state"], article["url"]) for article in read_articles(path)}
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line without an end, or end it if it is whole."""
+    with open(path, "r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        last = content[whole:]
+        if not last:
+            return
+        try:
+            json.loads(last)
+        except ValueError:
+            file.truncate(whole)
+        else:
+            file.write(b"\n")

@@ -1,0 +1,137 @@
+"""A gate: what all runs of a source share; all of its limits say yes, or nothing is taken."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import pytest
+from core.support import make_gate, make_limits
+
+from qengine import BreakerPolicy, RateLimit, Window
+from qengine.core.breaker import BreakerState
+from qengine.core.gate import Gate
+
+
+def test_an_idle_gate_lets_everything_through() -> None:
+    gate = make_gate()
+    assert not gate.active
+    assert [gate.admit(number, 1, 0.0) for number in range(9)] == [0.0] * 9
+
+
+def test_a_refusal_by_one_set_of_limits_gives_back_what_the_others_took() -> None:
+    first, second = make_limits(RateLimit(per_second=1, burst=5), Window(5, 10)), make_limits(Window(1, 10))
+    gate = Gate([first, second], None, nullcontext())
+    assert gate.admit("a", 1, 0.0) == 0.0
+    for _ in range(20):
+        assert gate.admit("b", 1, 0.0) == math.inf
+    assert first.available(0.0) == pytest.approx(4.0)
+
+
+def test_a_refused_attempt_has_not_taken_the_probe() -> None:
+    gate = make_gate(RateLimit(per_second=0.01), breaker=BreakerPolicy(failures=1, reset_after=10))
+    assert gate.admit("a", 1, 0.0) == 0.0
+    assert gate.ended("a", 1, 0.0, False)
+    assert gate.admit("b", 1, 50.0) == 100.0, "the breaker would, the rate would not"
+    assert gate.breaker is not None and gate.breaker.state is BreakerState.OPEN
+    assert gate.admit("c", 1, 100.0) == 100.0
+    assert gate.breaker.state is BreakerState.HALF_OPEN
+    assert gate.admit("d", 1, 300.0) == math.inf
+
+
+def test_an_open_breaker_takes_no_tokens() -> None:
+    limits = make_limits(RateLimit(per_second=1, burst=5))
+    gate = Gate([limits], BreakerPolicy(failures=1, reset_after=10), nullcontext())
+    gate.admit("a", 1, 0.0)
+    gate.ended("a", 1, 0.0, False)
+    for _ in range(9):
+        assert gate.admit("b", 1, 0.0) == 10.0
+    assert limits.available(0.0) == pytest.approx(4.0)
+
+
+def test_a_pause_holds_until_the_latest_instant_asked_for() -> None:
+    gate = make_gate()
+    gate.pause(5.0)
+    gate.pause(3.0)
+    assert gate.admit("a", 1, 1.0) == 5.0
+    assert gate.admit("a", 1, 5.0) == 5.0
+
+
+def test_a_window_slot_runs_from_the_outcome() -> None:
+    gate = make_gate(Window(1, 10))
+    gate.admit("a", 1, 0.0)
+    assert gate.admit("b", 1, 100.0) == math.inf
+    gate.ended("a", 1, 100.0, True)
+    assert gate.admit("b", 1, 100.0) == 110.0
+
+
+def test_what_was_never_made_is_given_back() -> None:
+    gate = make_gate(RateLimit(per_second=1), Window(1, 10))
+    gate.admit("a", 1, 0.0)
+    gate.revoke(1)
+    assert gate.admit("b", 1, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("verdict", [True, False, None])
+def test_every_outcome_wakes_who_watches_once(verdict: bool | None) -> None:
+    gate, woken = make_gate(breaker=BreakerPolicy()), list[int]()
+    gate.watch(lambda: woken.append(1))
+    gate.ended("a", 1, 0.0, verdict)
+    gate.ended("b", 1, 0.0, verdict)
+    assert woken == [1]
+
+
+def test_an_outcome_at_another_gate_wakes_who_shares_a_window() -> None:
+    shared, woken = make_limits(Window(1, 10)), list[int]()
+    one, other = (Gate([shared], None, nullcontext()) for _ in range(2))
+    one.admit("a", 1, 0.0)
+    other.watch(lambda: woken.append(1))
+    one.ended("a", 1, 1.0, True)
+    assert woken == [1]
+
+
+def test_an_outcome_without_a_verdict_frees_the_probe_but_counts_for_nothing() -> None:
+    gate = make_gate(breaker=BreakerPolicy(failures=1, reset_after=10))
+    gate.ended("a", 1, 0.0, None)
+    assert gate.breaker is not None and gate.breaker.state is BreakerState.CLOSED
+    gate.ended("a", 1, 0.0, False)
+    gate.admit("b", 1, 10.0)
+    gate.ended("b", 1, 11.0, None)
+    assert gate.admit("c", 1, 11.0) <= 11.0
+
+
+def test_hung_calls_open_a_breaker_even_where_none_was_asked_for() -> None:
+    gate = make_gate()
+    assert gate.trip(0.0)
+    assert gate.active
+    assert gate.admit("a", 1, 1.0) == 30.0
+    assert not gate.trip(1.0), "it was open already"
+    assert gate.admit("a", 1, 30.0) <= 30.0
+
+
+def test_such_a_breaker_is_opened_by_hung_calls_alone() -> None:
+    gate = make_gate()
+    gate.trip(0.0)
+    gate.admit("a", 1, 30.0)
+    gate.ended("a", 1, 30.0, True)
+    for number in range(1000):
+        assert not gate.ended(number, 1, 31.0, False)
+
+
+def test_a_probe_that_cannot_be_made_counts_as_failed_only_when_it_is_due() -> None:
+    gate = make_gate(breaker=BreakerPolicy(failures=1, reset_after=10, max_reopens=1))
+    gate.trip(0.0)
+    gate.refuse_probe(5.0)
+    assert not gate.skips(5.0)
+    gate.refuse_probe(10.0)
+    assert gate.skips(10.0)
+    assert gate.admit("a", 1, 10.0) == 30.0, "twice as long"
+
+
+def test_an_amount_is_checked_against_every_set() -> None:
+    gate = Gate([make_limits(Window(9, 1)), make_limits(RateLimit(per_second=1, burst=2))], None, nullcontext())
+    gate.check(2)
+    with pytest.raises(ValueError, match="amount is 3"):
+        gate.check(3)
+    with pytest.raises(ValueError, match="tokens"):
+        gate.check({"tokens": 1})

@@ -1,0 +1,103 @@
+"""The rolling window: exact, and held until the outcome is known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from qengine import Window
+from qengine.core.window import RollingWindow, Slots
+
+THREE = RollingWindow(Window(3, 10))
+
+
+def filled(*instants: float) -> Slots:
+    """The state after one unit was taken at each of these instants."""
+    slots = THREE.initial(0.0)
+    for now in instants:
+        ready_at, slots = THREE.ask(slots, 1, now)
+        assert ready_at == now
+    return slots
+
+
+def test_a_full_window_says_when_the_oldest_slot_runs_out() -> None:
+    slots = filled(0.0, 1.0, 2.0)
+    assert THREE.ask(slots, 1, 5.0)[0] == 10.0
+    assert THREE.ask(slots, 2, 5.0)[0] == 11.0
+    assert THREE.ask(slots, 3, 5.0)[0] == 12.0
+
+
+def test_at_the_instant_it_named_there_is_room() -> None:
+    slots = filled(0.0, 1.0, 2.0)
+    assert THREE.ask(slots, 1, 10.0)[0] == 10.0
+    assert THREE.ask(slots, 1, math.nextafter(10.0, 0.0))[0] == 10.0
+
+
+def test_a_slot_that_is_held_runs_out_only_after_its_outcome() -> None:
+    slots = THREE.initial(0.0)
+    for now in (0.0, 0.0, 0.0):
+        _, slots = THREE.ask(slots, 1, now, held=True)
+    assert THREE.ask(slots, 1, 99.0, held=True)[0] == math.inf
+    slots = THREE.settle(slots, 1, 99.0)
+    assert THREE.ask(slots, 1, 100.0, held=True)[0] == 109.0
+    assert THREE.available(slots, 109.0) == 1
+
+
+def test_an_outcome_settles_a_slot_of_its_own_size() -> None:
+    slots = THREE.initial(0.0)
+    _, slots = THREE.ask(slots, 1, 0.0, held=True)
+    _, slots = THREE.ask(slots, 2, 0.0, held=True)
+    slots = THREE.settle(slots, 1, 5.0)
+    assert THREE.ask(slots, 1, 5.0)[0] == 15.0
+    assert THREE.ask(slots, 2, 5.0)[0] == math.inf
+
+
+def test_a_slot_given_back_is_free_at_once() -> None:
+    slots = THREE.undo(filled(0.0, 1.0, 2.0), 1)
+    assert THREE.available(slots, 2.0) == 1
+    assert THREE.ask(slots, 2, 2.0)[0] == 10.0, "the last one was given back, not the oldest"
+
+
+def test_giving_back_what_was_never_taken_changes_nothing() -> None:
+    slots = filled(0.0)
+    assert THREE.undo(slots, 2) == slots
+
+
+def test_slots_that_ran_out_are_forgotten() -> None:
+    slots = THREE.initial(0.0)
+    for number in range(100):
+        ready_at, slots = THREE.ask(slots, 1, 10.0 * number)
+        assert ready_at == 10.0 * number
+    assert len(slots) <= 3
+
+
+def test_a_clock_step_locks_nobody_out_for_longer_than_the_step() -> None:
+    slots = filled(100.0, 100.0, 100.0)
+    assert THREE.ask(slots, 1, 50.0)[0] == 110.0
+    assert THREE.available(slots, 50.0) == 0, "a backward step mints nothing"
+    assert THREE.available(slots, 1e9) == 3, "a forward step releases one full window"
+
+
+def test_slots_stay_in_order_of_expiry_when_the_clock_steps_back() -> None:
+    slots = filled(100.0, 50.0)
+    assert [expires_at for expires_at, _ in slots] == [60.0, 110.0]
+    assert THREE.ask(slots, 2, 50.0)[0] == 60.0
+
+
+def test_no_period_ever_sees_more_than_the_limit() -> None:
+    rng = random.Random(5)
+    for _ in range(40):
+        limit, seconds = rng.randint(1, 6), rng.uniform(0.5, 20)
+        window, slots, now = RollingWindow(Window(limit, seconds)), (), 1e4
+        taken: list[tuple[float, int]] = []
+        for _ in range(200):
+            now += rng.expovariate(limit / seconds)
+            amount = rng.randint(1, limit)
+            ready_at, after = window.ask(slots, amount, now)
+            room = limit - sum(size for at, size in taken if at + seconds > now)
+            assert (ready_at == now) == (amount <= room)
+            if ready_at == now:
+                slots = after
+                taken.append((now, amount))
+            else:
+                assert window.ask(slots, amount, ready_at)[0] == ready_at

@@ -1,0 +1,167 @@
+"""The command line: what it refuses, what it writes, how it exits."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from news.support import FOUND, ROOT, Story, article, environment, lines_of, pairs, run_cli
+
+from qengine.news import NewsServer
+from qengine.news.cli import main
+from qengine.news.dates import INDIA
+
+Serve = Callable[..., NewsServer]
+QUICK = ("--states", "bihar,delhi,goa", "--speed", 2000)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--states", "bihaar"], "unknown state 'bihaar': did you mean 'bihar'?"),
+    (["--states", "bihar,"], "a state is missing in 'bihar,'"),
+    (["--sources", "gogle"], "unknown source 'gogle': did you mean 'google'?"),
+    (["--terms", "none.toml"], "cannot read terms file none.toml"),
+    (["--since", "24"], "duration must be a positive number and a unit"),
+    (["--timeout", "0s"], "duration must be a positive number and a unit"),
+    (["--deadline", "soon"], "duration must be a positive number and a unit"),
+    (["--date-range", "2026-05-20"], "date range must be like"),
+    (["--since", "1h", "--date-range", "2026-05-20:2026-05-20"], "not allowed with argument"),
+    (["--demo", "--replay", "{day}"], "not allowed with argument"),
+    (["--replay", "{bad}"], "bad.jsonl, line 2: not JSON"),
+    (["--replay", "none.jsonl"], "cannot read none.jsonl"),
+    (["--base-url", "google"], "base URL must be like google=http://"),
+    (["--base-url", "google=ftp://x"], "base URL must be like"),
+    (["--base-url", "bing=http://127.0.0.1/"], "unknown source 'bing'"),
+    (["--demo", "--speed", "0"], "speed must be a finite number > 0, not '0'"),
+    (["--demo", "--speed", "nan"], "speed must be a finite number > 0, not 'nan'"),
+    (["--speed", "2", "--sources", "google"], "--speed is for servers on loopback, not for google"),
+    (["--speed", "2", "--replay", "{day}", "--base-url", "google=http://news.example/"], "not for google"),
+    (["--sources", "newsdata"], "no source is left to ask"),
+    (["--server-log", "{tmp}/log", "--sources", "google"], "--server-log is for the server of --replay or --demo"),
+    (["--demo", "--out", "{day}"], "day.jsonl exists: give another --out, or --append"),
+    (["--demo", "--out", "{tmp}/none/a"], "cannot write {tmp}/none/a: No such file"),
+    (["--demo", "--report", "{tmp}/none/a"], "cannot write"),
+    (["--demo", "--report", "{tmp}"], "Is a directory"),
+    (["--demo", "--server-log", "{tmp}/none/a"], "cannot write"),
+    (["--demo", "--out", "{tmp}/a", "--report", "{tmp}/a"], "must be different files"),
+    (["--replay", "{day}", "--out", "{day}", "--append"], "must be different files"),
+    (["--replay", "{day}", "--out", "{bad}", "--append"], "bad.jsonl, line 2: not JSON"),
+    (["--demo", "--terms", "{terms}"], "the terms have none for as, bn, gu,"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+])
+def test_bad_usage_is_refused_before_anything_starts(
+    arguments: list[str], message: str, replayed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"state": "Bihar", "url": "u"}\nnot json\n')
+    (tmp_path / "terms.toml").write_text('[en]\na = ["x"]\n[hi]\na = ["y"]\n')
+    places = {"day": replayed, "bad": tmp_path / "bad.jsonl", "tmp": tmp_path, "terms": tmp_path / "terms.toml"}
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    for name in ("NEWSDATA_API_KEY", "GNEWS_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["collect", *(argument.format(**places) for argument in arguments)]) == 2
+    assert message.format(**places) in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_a_command_it_shows_the_help_and_exits_with_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qengine"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "collect" in done.stderr and done.stdout == ""
+
+
+def test_a_replay_brings_everything_there_is_to_find(replayed: Path, tmp_path: Path) -> None:
+    out, report, log = tmp_path / "out.jsonl", tmp_path / "run.json", tmp_path / "server.jsonl"
+    done = run_cli("--replay", replayed, *QUICK, "--out", out, "--report", report, "--server-log", log)
+    assert done.returncode == 0, done.stderr
+    assert pairs(out) == FOUND
+    summary = json.loads(report.read_text(encoding="utf-8"))
+    assert summary["active_states"] == ["bihar", "delhi"]
+    assert (summary["articles"], summary["exit_code"], summary["districts_asked"]) == (6, 0, 38 + 11)
+    assert {line["source"] for line in lines_of(log)} == set(summary["sources"]) == {"google", "newsdata", "gnews"}
+    assert done.stdout == ""
+    assert [line.split()[0] for line in done.stderr.splitlines()[:4]] == ["source", "google", "newsdata", "gnews"]
+
+
+def test_quiet_says_nothing(replayed: Path, tmp_path: Path) -> None:
+    done = run_cli("--replay", replayed, *QUICK, "--out", tmp_path / "out.jsonl", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_append_writes_only_what_is_new(replayed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(article("http://a/bihar-en").to_line() + '{"torn', encoding="utf-8")
+    done = run_cli("--replay", replayed, *QUICK, "--out", out, "--append", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert pairs(out) == FOUND
+    assert lines_of(out)[0]["title"] == "A title"
+
+
+@pytest.mark.parametrize(("day", "count"), [("2026-05-20", 6), ("2026-05-21", 0), ("2026-05-19", 0)])
+def test_days_are_indias(day: str, count: int, replayed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run_cli("--replay", replayed, *QUICK, "--date-range", f"{day}:{day}", "--out", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(out)) == count
+
+
+def test_since_counts_back_from_now(stories: list[Story], tmp_path: Path) -> None:
+    stories[0]["date"] = (datetime.now(INDIA) - timedelta(hours=1)).isoformat()
+    day, out = tmp_path / "day.jsonl", tmp_path / "out.jsonl"
+    day.write_text("".join(json.dumps(line) + "\n" for line in stories), encoding="utf-8")
+    done = run_cli("--replay", day, *QUICK, "--since", "24h", "--out", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert pairs(out) == {("Bihar", "http://a/bihar-en")}
+
+
+def test_a_source_without_its_key_is_left_out_and_named(stories: list[Story], tmp_path: Path, serve: Serve) -> None:
+    server = serve(stories, speed=2000)
+    done = run_cli(
+        "--states", "bihar", "--sources", "google,gnews", "--base-url", f"google={server.url('google')}",
+        "--out", tmp_path / "out.jsonl", "--speed", 2000,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gnews is left out: GNEWS_API_KEY is not set" in done.stderr
+
+
+def test_keys_are_shown_nowhere(stories: list[Story], tmp_path: Path, serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = listener.getsockname()[1]
+    done = run_cli(
+        "--states", "bihar", "--sources", "newsdata,gnews", "--base-url", f"newsdata=http://127.0.0.1:{closed}/x",
+        "--base-url", f"gnews={serve(stories, speed=2000).url('gnews')}", "--out", tmp_path / "out.jsonl",
+        "--report", tmp_path / "run.json", "--speed", 2000, NEWSDATA_API_KEY="s3cr3t", GNEWS_API_KEY="s3cr3t",
+    )
+    assert done.returncode == 3
+    assert "newsdata cannot be reached: Connection refused" in done.stderr
+    everything = done.stderr + done.stdout + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "s3cr3t" not in everything
+
+
+def test_the_deadline_stops_it_with_4_and_keeps_what_was_found(replayed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run_cli("--replay", replayed, "--states", "bihar", "--deadline", "2s", "--out", out, timeout=10)
+    assert done.returncode == 4, done.stderr
+    assert "stopped          timeout" in done.stderr
+    assert pairs(out) <= FOUND and pairs(out)
+
+
+def test_the_demo_ends_well_and_may_be_run_again() -> None:
+    done = run_cli("--demo", timeout=20)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stderr.splitlines() if line}
+    assert "budget_exhausted" in rows["gnews"]
+    assert "google answered 503 Service Unavailable" in done.stderr
+    out = Path(rows["written"].split()[-1])
+    assert len(pairs(out)) > 200
+    out.unlink()
+    out.parent.rmdir()
