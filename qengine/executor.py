@@ -14,6 +14,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import Context, copy_context
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -22,14 +23,14 @@ from typing import Any, Generic, Self, TypeVar
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, handful_of
 from .core.limits import LimitSet
-from .core.run import Run
+from .core.run import Record, Run
 from .core.steps import Raised
 from .core.tree import Tree
-from .drivers.calls import is_plain_data, task_of
+from .drivers.calls import is_plain_data, run_in, task_of
 from .drivers.threads import Crew
 from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_callable, require_kind
 from .manifest import RunManifest
-from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult
+from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
 from .policy import BreakerPolicy, ExecutionPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
 
 P = TypeVar("P")
@@ -41,12 +42,10 @@ INTERRUPT_SECONDS = 0.09
 """How long an interrupted caller waits for the partial report."""
 
 
-def now_fn() -> float:
-    """Return the time of the threads' runs.  Never frozen by a test tool: a run must go on."""
-    return _monotonic()
+class Clock:
+    """The clock of the threads' runs.  A class holds it, for no tool to find and freeze: a run must go on."""
 
-
-_monotonic = time.monotonic
+    now = staticmethod(time.monotonic)
 
 
 # ---- what all faces share --------------------------------------------------------------------------------------------
@@ -73,14 +72,17 @@ def check_inputs(name: str, inputs: object) -> None:
 def make_gate(limits: Sequence[Limit], breaker: BreakerPolicy | None) -> Gate:
     """Return the gate of some limits: those declared get a state of its own, live ones keep theirs."""
     declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
-    limit_sets = [LimitSet(declared, now_fn(), Lock())] if declared else []
+    limit_sets = [LimitSet(declared, Clock.now(), Lock())] if declared else []
     limit_sets += [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
     return Gate(limit_sets, breaker, Lock())
 
 
 def timeout_verdict(retry: RetryPolicy) -> bool | float:
     """Return what a retry policy makes of a timeout, asked before a run because the core runs no user code."""
-    return retry.verdict(TaskTimeoutError("no answer in time"))
+    try:
+        return retry.verdict(TaskTimeoutError("no answer in time"))
+    except Exception:  # a predicate that knows only its own errors
+        return False
 
 
 def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
@@ -117,13 +119,13 @@ class Session:
         tree: Tree | None = None,
         data: Iterator[Any] | None = None,
         width: int | None = None,
-        records: list[Attempt] | None = None,
+        records: list[Record] | None = None,
         deliver: Callable[[Attempt | None], object] | None = None,
         on_event: Callable[[Event], object] | None = None,
         cancel: CancellationToken | None = None,
         make_report: Callable[..., RunReport[Any, Any]] = RunReport,
     ) -> None:
-        now = now_fn()
+        now = Clock.now()
         self.started_at = time.time()
         self.wall_offset = self.started_at - now
         self.tree = tree
@@ -149,7 +151,7 @@ class Session:
         )
         self.crew = Crew(
             self.run,
-            now_fn=now_fn,
+            now_fn=Clock.now,
             deliver=deliver,
             after_pump=None if on_event is None else self._tell,
         )
@@ -173,11 +175,11 @@ class Session:
     def join(self) -> None:
         """Wait for the threads of a run that is over, and tell what is left to tell."""
         self._unsubscribe()
+        if self.crew.fault is not None:
+            raise self.crew.fault
         self.crew.join()
         if self._on_event is not None:
             self._tell()
-        if self.crew.fault is not None:
-            raise self.crew.fault
 
     def raise_if_ended_by_error(self, report: RunReport[Any, Any]) -> None:
         """Raise what ended the run: the inputs' exception, or a task's SystemExit; with the report."""
@@ -198,13 +200,31 @@ class Session:
             abandoned=run.abandoned,
             makespan=run.makespan,
             started_at=self.started_at,
-            finished_at=now_fn() + self.wall_offset,
+            finished_at=Clock.now() + self.wall_offset,
             **extra,
         )
 
-    def results(self, attempts: Iterable[Attempt]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
+    def results(self, records: Iterable[Record]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
         """Return what makes the results of some tasks, when they are looked at."""
-        return lambda: [result_of(attempt, self.wall_offset) for attempt in attempts if attempt.status is not None]
+        return lambda: list(self._make_results(records))
+
+    def _make_results(self, records: Iterable[Record]) -> Iterator[TaskResult[Any, Any]]:
+        names = [lane.name for lane in self.run.lanes]
+        for record in records:
+            if isinstance(record, tuple):
+                payload, value, lane, started_at, duration = record
+                yield TaskResult(
+                    Task(payload),
+                    TaskStatus.SUCCEEDED,
+                    value,
+                    attempts=1,
+                    usage={"calls": 1.0},
+                    source=names[lane],
+                    started_at=started_at + self.wall_offset,
+                    duration=duration,
+                )
+            elif record.status is not None:
+                yield result_of(record, self.wall_offset)
 
     def _tell(self) -> None:
         """Hand the events on, one at a time and in order; a listener that raises is reported once."""
@@ -219,7 +239,7 @@ class Session:
         assert self._on_event is not None
         try:
             self._on_event(event)
-        except Exception:
+        except BaseException:  # whatever it is: a worker that dies of it would take its task with it
             if not self._on_event_failed:
                 self._on_event_failed = True
                 _log.exception("on_event raised; the run goes on, and this is not reported again")
@@ -341,8 +361,8 @@ class Face:
     def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         raise NotImplementedError
 
-    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Attempt], Any]) -> Any:
-        records: list[Attempt] = []
+    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Any], Any]) -> Any:
+        records: list[Record] = []
         session = self._session(inputs, cancel, records=records)
         results = session.results(records)
         try:
@@ -367,24 +387,44 @@ class Face:
 # ---- one function ----------------------------------------------------------------------------------------------------
 
 
+_ONE_LANE = "default"
+
+
 class _LaneBook:
     """The lanes of one run, made when their key first comes up."""
 
-    def __init__(self, owner: _FunctionFace[Any, Any], budgets: Mapping[Any, float | None]) -> None:
+    def __init__(
+        self,
+        owner: _FunctionFace[Any, Any],
+        call: Callable[[Any], Any],
+        budgets: Mapping[Any, float | None],
+    ) -> None:
         self._owner = owner
+        self._call = call
         self._budgets = budgets
-        self._lanes: dict[Any, Lane] = {}
+        self.lanes: dict[Any, Lane] = {}
+        self._names: set[str] = set()
 
     def lane(self, key: Any) -> Lane:
         """Return the lane of a key."""
-        lane = self._lanes.get(key)
+        lane = self.lanes.get(key)
         if lane is None:
-            lane = self._lanes.setdefault(key, self._owner._make_lane(key, self._budgets))
+            budget = self._budgets.get(key, self._owner.policy.budget)
+            made = self._owner._make_lane(key, self._name(key), self._call, budget)
+            lane = self.lanes.setdefault(key, made)
         return lane
+
+    def _name(self, key: Any) -> str:
+        """Return what a lane is called in reports: its key, told from others that read the same."""
+        name = str(key)
+        if name in self._names:
+            name = f"{key!r} ({type(key).__name__})"
+        self._names.add(name)
+        return name
 
     def budgets(self) -> dict[Any, float | None]:
         """Return what each lane has left."""
-        return {key: lane.budget for key, lane in self._lanes.items()}
+        return {key: lane.budget for key, lane in self.lanes.items()}
 
 
 class _FunctionFace(Face, Generic[P, V]):
@@ -458,21 +498,25 @@ class _FunctionFace(Face, Generic[P, V]):
         try:
             return calls.call(task)  # type: ignore[no-any-return]
         finally:
-            with self._calls_lock:
+            with self._calls_lock:  # held until all is over: the next call takes up the budgets that are left
                 calls.pending -= 1
-                last = calls.pending == 0
-                if last:
+                if calls.pending == 0:
                     self._calls = None
-            if last:
-                self._call_budgets = calls.close()
+                    self._call_budgets = calls.close()
 
     def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         check_inputs("inputs", inputs)
         optional(require_kind, "cancel", cancel, CancellationToken)
-        book = _LaneBook(self, {})
-        lane = None if self._lane_by is not None else book.lane("default")
-        feed = Feed(FeedKind.INPUTS, lambda: inputs, self._preparer(book), label="inputs", lane=lane)
-        feed.wanted = handful_of(self.policy.lookahead)
+        book = _LaneBook(self, self._fn, {})
+        lane = None if self._lane_by is not None else book.lane(_ONE_LANE)
+        feed = Feed(
+            FeedKind.INPUTS,
+            lambda: inputs,
+            self._preparer(book),
+            label="inputs",
+            lane=lane,
+            handful=handful_of(self.policy.lookahead),
+        )
         return Session(
             [] if lane is None else [lane],
             stop=self.policy.stop,
@@ -486,37 +530,39 @@ class _FunctionFace(Face, Generic[P, V]):
     def _preparer(self, book: _LaneBook) -> Callable[[Any], Attempt]:
         """Return what makes an attempt of an input; the user's `key` and `lane_by` run in it."""
         lane_by, key = self._lane_by, self._key
+        find, known = book.lane, book.lanes.get
 
         def prepare(item: Any) -> Attempt:
             task = item if isinstance(item, Task) else None
             payload = item if task is None else task.payload
             try:
-                lane = book.lane("default" if lane_by is None else lane_by(payload))
+                lane_key = _ONE_LANE if lane_by is None else lane_by(payload)
+                lane = known(lane_key) or find(lane_key)
                 if key is not None:
                     task = replace(task or Task(payload), key=key(payload))
             except Exception as error:  # the item is bad, not the run
-                attempt = Attempt(payload, task or Task(payload), book.lane("default"))
+                attempt = Attempt(payload, task or Task(payload), find(_ONE_LANE))
                 attempt.outcome = Raised(error)
                 return attempt
             return Attempt(payload, task, lane)
 
         return prepare
 
-    def _make_lane(self, key: Any, budgets: Mapping[Any, float | None]) -> Lane:
+    def _make_lane(self, key: Any, name: str, call: Callable[[Any], Any], budget: float | None) -> Lane:
         policy = self.policy
         gate = self._gates.get(key)
         if gate is None:
             gate = self._gates.setdefault(key, make_gate(policy.limits, policy.breaker))
         return Lane(
-            str(key),
+            name,
             gate,
-            self._fn,
+            call,
             concurrency=policy.concurrency,
             lookahead=policy.lookahead,
             retry=policy.retry,
             retries_timeouts=self._retries_timeouts,
             timeout=policy.timeout,
-            budget=budgets.get(key, policy.budget),
+            budget=budget,
             batch_size=policy.batch_size,
             batch_backoff=policy.batch_backoff,
             max_abandoned=policy.max_abandoned,
@@ -528,7 +574,8 @@ class _Calls:
 
     def __init__(self, owner: _FunctionFace[Any, Any]) -> None:
         self.pending = 0
-        self._book = _LaneBook(owner, owner._call_budgets)
+        self._fn = owner._fn
+        self._book = _LaneBook(owner, self._call_in_context, owner._call_budgets)
         self._prepare = owner._preparer(self._book)
         self._replies: dict[int, SimpleQueue[Attempt | None]] = {}
         self._feed = Feed(FeedKind.INPUTS, tuple, self._prepare, label="calls")
@@ -542,6 +589,7 @@ class _Calls:
         """Submit a task and wait for its value."""
         attempt = self._prepare(task)
         assert attempt.task is not None
+        attempt.payload = (copy_context(), attempt.payload)
         reply: SimpleQueue[Attempt | None] = SimpleQueue()
         self._replies[id(attempt.task)] = reply
         crew = self._session.crew
@@ -550,6 +598,11 @@ class _Calls:
         if finished is None:
             raise crew.fault or RuntimeError("the run behind call() ended early")
         return result_of(finished, self._session.wall_offset).unwrap()
+
+    def _call_in_context(self, boxed: tuple[Context, Any]) -> Any:
+        """Run the function in the context of the caller who waits for it, not of the one who came first."""
+        context, payload = boxed
+        return run_in(context.copy(), self._fn, payload)
 
     def close(self) -> dict[Any, float | None]:
         """End the run and return the budgets left."""

@@ -1,22 +1,46 @@
 """The rate limiter for threads: several limits at once, first come first served, no polling, no background thread.
 
-Rules: the clock is read before a lock is taken; a permit is taken of every limit or of none; waiting is a place in the
-line: it is booked under the lock and slept out outside it, so a timeout that cannot be met is known, and refused,
-before anything is taken.  An interrupted wait keeps its place: what it booked is used up.
+Rules: the clock is read before a lock is taken; a permit is taken of every limit or of none.  Who must wait stands in
+a line: the head of it sleeps until its instant and takes its permits by the clock it wakes to, so nobody who wakes
+late takes what is no longer due; the others sleep until it is their turn.  A timeout that cannot be met is known, and
+refused, before anything is taken, and an interrupted waiter has taken nothing.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
+from .core.bucket import CATCH_UP
 from .core.limits import LimitSet, check_units
 from .errors import optional, refuse, require_amount, require_at_least, require_callable
 from .model import Amount
 from .policy import LiveLimit, RateLimit, Window, check_limits
+
+
+class _Waiter:
+    """A place in the line.  Its latch opens when something is to be looked at: its turn, or an outcome."""
+
+    __slots__ = ("_latch", "amount")
+
+    def __init__(self, amount: Amount) -> None:
+        self.amount = amount
+        self._latch = Lock()
+        self._latch.acquire()
+
+    def wake(self) -> None:
+        try:
+            self._latch.release()
+        except RuntimeError:  # woken twice
+            return
+
+    def wait(self, seconds: float) -> bool:
+        """Wait to be woken, at most so long; return whether it was."""
+        return self._latch.acquire(timeout=-1 if seconds == math.inf else max(0.0, seconds))
 
 
 class RateLimiter:
@@ -28,7 +52,7 @@ class RateLimiter:
         sleep_fn: Sleeps so many seconds.
         initial: Tokens in each bucket at the start; None for full ones.
 
-    Thread-safe.  O(number of limits), and O(limit) for each window.
+    Thread-safe.  O(number of limits), O(limit) for each window, and to wait O(length of the line).
 
     >>> clock = [0.0]
     >>> limiter = RateLimiter(RateLimit(per_second=1, burst=2), now_fn=lambda: clock[0])
@@ -55,6 +79,8 @@ class RateLimiter:
         self._now_fn = time.monotonic if now_fn is None else now_fn
         self._sleep_fn = time.sleep if sleep_fn is None else sleep_fn
         self._limits = LimitSet(limits, self._now_fn(), Lock(), initial)
+        self._line: deque[_Waiter] = deque()
+        self._lock = Lock()
 
     def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
         """Take `amount`, waiting for it if need be.
@@ -73,32 +99,31 @@ class RateLimiter:
         optional(require_at_least, "timeout", timeout, 0.0)
         now = self._now_fn()
         latest = math.inf if timeout is None else now + timeout
-        while (ready_at := self._limits.book(amount, now, latest)) == math.inf:
-            # Engines hold all the slots of a window: ask again after one of their outcomes.
-            outcome = Event()
-            self._limits.watch(outcome.set)
-            if self._limits.ready_at(amount, now) == math.inf:
-                outcome.wait(None if timeout is None else max(0.0, latest - now))
-            now = self._now_fn()
-            if now > latest:
+        waiter = _Waiter(amount)
+        with self._lock:
+            if not self._line and self._limits.try_take(amount, now) <= now:
+                return True
+            if self._limits.foresee([*(other.amount for other in self._line), amount], now) > latest:
                 return False
-        if ready_at > latest:
-            return False
-        while now < ready_at:
-            self._sleep_fn(ready_at - now)
-            now = self._now_fn()
-        return True
+            self._line.append(waiter)
+        try:
+            return self._wait(waiter, latest)
+        finally:
+            with self._lock:
+                self._line.remove(waiter)
+                if self._line:
+                    self._line[0].wake()
 
     def try_acquire(self, amount: Amount = 1) -> bool:
         """Take `amount` if it is there now; never waits, and never goes before one who does."""
         require_amount("amount", amount)
         check_units(amount, self._limits.units)
         now = self._now_fn()
-        return self._limits.try_take(amount, now) <= now
+        return not self._line and self._limits.fits(amount) and self._limits.try_take(amount, now) <= now
 
     @property
     def available_tokens(self) -> float:
-        """What every limit would grant now; below 0 where places in the line are taken."""
+        """What every limit would grant now to one who need not wait in line."""
         return self._limits.available(self._now_fn())
 
     def as_limit_set(self) -> Any:
@@ -109,6 +134,29 @@ class RateLimiter:
         require_amount("amount", amount)
         check_units(amount, self._limits.units)
         self._limits.check(amount)
+
+    def _wait(self, waiter: _Waiter, latest: float) -> bool:
+        """Wait in line until the permits are taken; give up when that is no longer possible in time."""
+        while self._line[0] is not waiter:
+            if not waiter.wait(latest - self._now_fn()):
+                return False
+        while True:
+            now = self._now_fn()
+            ready_at = self._limits.try_take(waiter.amount, now, CATCH_UP)
+            if ready_at <= now:
+                return True
+            if ready_at == math.inf:  # engines hold all the slots of a window: ask again after one of their outcomes
+                self._limits.watch(waiter.wake)
+                ready_at = self._limits.try_take(waiter.amount, now, CATCH_UP)
+                if ready_at <= now:
+                    return True
+                if ready_at == math.inf:
+                    if not waiter.wait(latest - now):
+                        return False
+                    continue
+            if ready_at > latest:  # who was before it woke late
+                return False
+            self._sleep_fn(ready_at - now)
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{rule.most:g} {rule.unit}" for rule in self._limits.rules)

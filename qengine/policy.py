@@ -239,7 +239,8 @@ class ExecutionPolicy:
         budget: Attempts a lane may use in one run; None for no bound.
         breaker: See there; None for none.
         lookahead: Inputs taken beyond those that run, for each lane.
-        max_abandoned: Hung calls given up in one lane before its breaker opens; None for its concurrency.
+        max_abandoned: Hung calls given up, and not back yet, at which a lane starts no more: its breaker opens, and
+            without one its tasks are skipped as `breaker_open`.  None for its concurrency, but at least 2.
     """
 
     concurrency: int = 8

@@ -45,7 +45,7 @@ class Source:
         timeout: Seconds for one call; None for no bound.
         accepts: Called with a Query; False has it SKIPPED as `unsupported`.
         cost: What one call costs.
-        max_abandoned: Hung calls given up at once before the breaker opens; None for the concurrency.
+        max_abandoned: Hung calls given up, and not back yet, at which it is asked no more; see ExecutionPolicy.
 
     Rate, window and breaker state belong to this object and hold across runs and executors.  Thread-safe.
     """
@@ -256,7 +256,7 @@ class _Feeds:
             self.node_of(rank, attempt.lane, query.node),
             label="plan.children",
             lane=attempt.lane,
-            node=NodeKey(query.node),
+            node=attempt.node,
             rank=rank,
         )
 
@@ -269,7 +269,7 @@ class _Feeds:
             self._query_of(query.node, attempt.lane, query.level),
             label="plan.following",
             lane=attempt.lane,
-            node=NodeKey(query.node),
+            node=attempt.node,
             rank=attempt.rank[1:4],
         )
 
@@ -300,6 +300,7 @@ class _Feeds:
                 query = Query(item, node=node, level=level, source=lane.name)
             attempt = Attempt(query, query, lane)
             try:
+                attempt.node = NodeKey(query.node)
                 if accepts is not None and not accepts(query):
                     attempt.reason = "unsupported"
             except Exception as error:  # the query is bad, not the run

@@ -27,14 +27,28 @@ class BreakerState(Enum):
     HALF_OPEN = "half open"
 
 
+CLOSED = BreakerState.CLOSED
+
+
 class Breaker:
     """The state machine of one `BreakerPolicy`."""
 
-    __slots__ = ("_failed_in_row", "_policy", "_probe", "_probes_passed", "_recent", "_reopens", "_reset_at", "state")
+    __slots__ = (
+        "_failed_in_row",
+        "_policy",
+        "_probe",
+        "_probes_passed",
+        "_recent",
+        "_reopens",
+        "_reset_at",
+        "spotless",
+        "state",
+    )
 
     def __init__(self, policy: BreakerPolicy) -> None:
         self._policy = policy
-        self.state = BreakerState.CLOSED
+        self.state = CLOSED
+        self.spotless = policy.failure_rate is None  # whether another success would change nothing
         self._failed_in_row = 0
         self._recent: deque[bool] = deque(maxlen=policy.min_calls)
         self._reopens = 0
@@ -44,20 +58,20 @@ class Breaker:
 
     def ready_at(self, now: float) -> float:
         """Return when it lets an attempt through: `now` or before, or infinity while a probe is out."""
-        if self.state is BreakerState.CLOSED:
+        if self.state is CLOSED:
             return now
         return self._reset_at if self._probe is None else math.inf
 
     def skips(self, now: float) -> bool:
         """Say whether tasks should be skipped rather than wait for the next probe."""
-        if self.state is BreakerState.CLOSED or (self._probe is None and self._reset_at <= now):
+        if self.state is CLOSED or (self._probe is None and self._reset_at <= now):
             return False
         gave_up = self._policy.max_reopens is not None and self._reopens >= self._policy.max_reopens
         return self._policy.on_open == "skip" or (gave_up and self.state is BreakerState.OPEN)
 
     def admitted(self, attempt: object) -> None:
         """Mark an attempt that was let through; while it is not closed, that is the probe."""
-        if self.state is not BreakerState.CLOSED:
+        if self.state is not CLOSED:
             self.state = BreakerState.HALF_OPEN
             self._probe = attempt
 
@@ -68,9 +82,10 @@ class Breaker:
             self._probes_passed += 1
             if self._probes_passed >= self._policy.successes:
                 self._close()
-        elif self.state is BreakerState.CLOSED:
+        elif self.state is CLOSED:
             self._failed_in_row = 0
-            if self._policy.failure_rate is not None:
+            self.spotless = self._policy.failure_rate is None
+            if not self.spotless:
                 self._recent.append(False)
 
     def failed(self, attempt: object, now: float) -> bool:
@@ -79,9 +94,10 @@ class Breaker:
             self._reopens += 1
             self.trip(now)
             return True
-        if self.state is not BreakerState.CLOSED:
+        if self.state is not CLOSED:
             return False
         self._failed_in_row += 1
+        self.spotless = False
         self._recent.append(True)
         if self._too_many_in_row() or self._too_large_a_share():
             self.trip(now)
@@ -96,6 +112,7 @@ class Breaker:
     def trip(self, now: float) -> None:
         """Open it."""
         self.state = BreakerState.OPEN
+        self.spotless = False
         self._probe = None
         self._probes_passed = 0
         reset_after = self._policy.reset_after * 2.0 ** min(self._reopens, 60)  # bounded: a float overflows at 2**1024
@@ -107,13 +124,14 @@ class Breaker:
         self.trip(now)
 
     def _close(self) -> None:
-        self.state = BreakerState.CLOSED
+        self.state = CLOSED
         self._failed_in_row = self._reopens = self._probes_passed = 0
         self._recent.clear()
+        self.spotless = self._policy.failure_rate is None
 
     def _too_many_in_row(self) -> bool:
         return self._policy.failures is not None and self._failed_in_row >= self._policy.failures
 
     def _too_large_a_share(self) -> bool:
         rate, calls = self._policy.failure_rate, len(self._recent)
-        return rate is not None and calls >= self._policy.min_calls and sum(self._recent) >= rate * calls
+        return rate is not None and calls >= self._policy.min_calls and sum(self._recent) / calls >= rate

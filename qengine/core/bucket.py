@@ -43,7 +43,7 @@ class TokenBucket:
         """Return when `amount` may be taken (`now` if it may be now), and the state once it is taken."""
         oldest = now - self.span - slack
         taken = (zero_at if zero_at > oldest else oldest) + amount * self.interval
-        return (now if taken <= now + epsilon(now) else taken), taken
+        return (taken if taken > now and taken > now + epsilon(now) else now), taken
 
     def settle(self, zero_at: float, amount: float, now: float) -> float:
         """Return the state after the outcome of a call: a bucket counts admissions, so it is unchanged."""

@@ -11,12 +11,9 @@ from collections.abc import Callable, Sequence
 
 from ..model import Amount
 from ..policy import BreakerPolicy
-from .breaker import Breaker, BreakerState
+from .breaker import CLOSED, Breaker
 from .bucket import CATCH_UP
 from .limits import LimitSet, Lock, check_units
-
-CLOSED = BreakerState.CLOSED
-_HUNG = BreakerPolicy(failures=2**62)  # of a lane that asked for none: opened by hung calls alone
 
 
 class Gate:
@@ -25,7 +22,7 @@ class Gate:
     `lock` makes it safe between threads; the core has none of its own.
     """
 
-    __slots__ = ("_limit_sets", "_lock", "_paused_until", "_watchers", "_windows", "active", "breaker")
+    __slots__ = ("_limit_sets", "_lock", "_paused_until", "_take", "_watchers", "_windows", "active", "breaker")
 
     def __init__(
         self,
@@ -34,6 +31,7 @@ class Gate:
         lock: Lock,
     ) -> None:
         self._limit_sets = tuple(limit_sets)
+        self._take = self._limit_sets[0].try_take if len(self._limit_sets) == 1 else self._take_all
         self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
         self._watchers: list[Callable[[], object]] = []
         self._lock = lock
@@ -52,21 +50,26 @@ class Gate:
 
         Infinity means: after an outcome, be it of this run or of another that shares the gate.
         """
+        if self._paused_until > now:
+            return self._paused_until
         breaker = self.breaker
+        if breaker is None or breaker.state is CLOSED:  # a closed breaker takes nothing: no need to hold its lock
+            return self._take(amount, now, CATCH_UP, True)
         with self._lock:
-            if self._paused_until > now:
-                return self._paused_until
-            if breaker is not None and breaker.state is not CLOSED and (ready_at := breaker.ready_at(now)) > now:
-                return ready_at
-            for position, limits in enumerate(self._limit_sets):
-                ready_at = limits.try_take(amount, now, CATCH_UP, True)
-                if ready_at > now:
-                    for taken in self._limit_sets[:position]:
-                        taken.undo(amount)
-                    return ready_at
-            if breaker is not None and breaker.state is not CLOSED:
+            ready_at = breaker.ready_at(now)
+            if ready_at <= now and (ready_at := self._take(amount, now, CATCH_UP, True)) <= now:
                 breaker.admitted(attempt)
-            return now
+            return ready_at
+
+    def _take_all(self, amount: Amount, now: float, slack: float, held: bool) -> float:
+        """Take from every set of limits or from none: as LimitSet.try_take, which serves where there is one set."""
+        for position, limits in enumerate(self._limit_sets):
+            ready_at = limits.try_take(amount, now, slack, held)
+            if ready_at > now:
+                for taken in self._limit_sets[:position]:
+                    taken.undo(amount)
+                return ready_at
+        return now
 
     def skips(self, now: float) -> bool:
         """Say whether tasks should be skipped: the breaker is open and not worth waiting for."""
@@ -80,7 +83,7 @@ class Gate:
         opened = False
         for limits in self._windows:
             limits.settle(amount, now)
-        if self.breaker is not None:
+        if self.breaker is not None and not (verdict and self.breaker.spotless):
             with self._lock:
                 if verdict is None:
                     self.breaker.dropped(attempt)
@@ -103,22 +106,21 @@ class Gate:
             self._paused_until = max(self._paused_until, until)
             self.active = True
 
-    def trip(self, now: float) -> bool:
-        """Open the breaker, because too many calls hang; return whether it was closed before."""
-        with self._lock:
-            if self.breaker is None:
-                self.breaker = Breaker(_HUNG)
-                self.active = True
-            closed = self.breaker.state is BreakerState.CLOSED
-            if closed:
-                self.breaker.trip(now)
-            return closed
+    def keep_shut(self, now: float) -> bool:
+        """Let nothing through, because too many calls hang; return whether that opened the breaker.
 
-    def refuse_probe(self, now: float) -> None:
-        """Count a probe that is due, but cannot be made, as one that failed."""
+        A probe that is due then counts as one that failed.
+        """
+        breaker = self.breaker
+        if breaker is None:
+            return False
         with self._lock:
-            if self.breaker is not None and self.breaker.ready_at(now) <= now:
-                self.breaker.refuse_probe(now)
+            if breaker.state is CLOSED:
+                breaker.trip(now)
+                return True
+            if breaker.ready_at(now) <= now:
+                breaker.refuse_probe(now)
+            return False
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have `wake` called after the next outcome that may free a place."""

@@ -18,6 +18,9 @@ from .gate import Gate
 
 Rank = tuple[Any, ...]
 
+SLOW_PULL = 0.0002
+"""Seconds after which a pull is slow: it then brings one item at a time, and nothing waits for it."""
+
 
 class Trail:
     """What only few tasks need to remember between their attempts."""
@@ -42,6 +45,7 @@ class Attempt:
         "duration",
         "index",
         "lane",
+        "node",
         "number",
         "outcome",
         "payload",
@@ -74,6 +78,7 @@ class Attempt:
     duration: float
     timeout: float
     worker: Any
+    node: Any  # of a query: the NodeKey of its node
 
     @property
     def amount(self) -> Amount:
@@ -90,6 +95,7 @@ class Attempt:
         """Return what takes its place when it was abandoned and the task is to be tried again."""
         other = Attempt(self.payload, self.task, self.lane)
         other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
+        other.node = getattr(self, "node", None)
         return other
 
 
@@ -104,15 +110,19 @@ class FeedKind(Enum):
 class Feed:
     """An iterator of the user's, and the step that pulls it.  The core never touches the iterator itself.
 
+    Whoever pulls puts each item into `arrived` as it comes, so that what an iterator gave does not wait for what it
+    gives next.
+
     Args:
         kind: What it brings.
         open_fn: Opens the iterable; user code, run by whoever pulls.
-        prepare: Turns an item into what `offered` takes (an Attempt, or a NodeKey); user code may run in it.
+        prepare: Turns an item into what arrives (an Attempt, or a NodeKey); user code may run in it.
         lane: Whose queue it feeds; None where each item says so itself.
         rank: Where its items stand in the order of admission.
     """
 
     __slots__ = (
+        "arrived",
         "blocked",
         "ended",
         "handful",
@@ -143,6 +153,7 @@ class Feed:
         lane: Lane | None = None,
         node: Any = None,
         rank: Rank = (),
+        handful: int = 16,
     ) -> None:
         self.kind = kind
         self.open_fn = open_fn
@@ -152,8 +163,9 @@ class Feed:
         self.node = node
         self.rank = rank
         self.iterator: Iterator[Any] | None = None
+        self.handful = handful  # how many items a pull takes at the most, where they come quickly
         self.wanted = 1
-        self.handful = 256  # what a pull may take at the most; 1 where the iterator may block
+        self.arrived: deque[Any] = deque()
         self.taken = 0
         self.blocked = 0  # lanes without room
         self.pulling = False
@@ -187,6 +199,7 @@ class Lane:
 
     __slots__ = (
         "abandoned",
+        "accounts",
         "active",
         "batch_at",
         "batch_backoff",
@@ -202,6 +215,7 @@ class Lane:
         "cost",
         "delivered",
         "fifo",
+        "full_at",
         "first_answer",
         "gate",
         "growth",
@@ -258,7 +272,8 @@ class Lane:
         self.batch_started = 0  # tasks of this batch that were started
         self.batch_open = 0  # those of them without a result
         self.batch_at = -math.inf  # when the next batch may start
-        self.max_abandoned = concurrency if max_abandoned is None else max_abandoned
+        # One hung call must not end a lane of one: so at least two.
+        self.max_abandoned = max(2, concurrency) if max_abandoned is None else max_abandoned
         self.cost = cost
         self.order = -1  # its place among the run's lanes, given when it joins
         self.running = 0
@@ -272,8 +287,9 @@ class Lane:
         self.last_answer: float | None = None
         self.last_given_up = -math.inf
         self.handful = handful_of(lookahead)
-        # Whether more than its gate has to be asked.
-        self.guarded = budget is not None or batch_size is not None or retry.timeout is not None
+        self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
+        self.accounts = batch_size is not None or retry.timeout is not None  # whether a start changes more than a count
+        self.guarded = self.accounts or budget is not None  # whether more than its gate has to be asked
         self.fifo: deque[Attempt] = deque()  # tasks of the default rank
         self.heap: list[tuple[Rank, Attempt]] = []  # all others: by priority, by place in the tree, and retries
         self.active = False
@@ -298,7 +314,8 @@ class Lane:
 
     def rest(self) -> None:
         """Take no more inputs until about half of the lookahead is free again."""
-        self.resume_at = self.taken - self.capacity + min(2 * self.handful, self.capacity)
+        enough = min(2 * self.handful, max(1, self.capacity - self.concurrency))
+        self.resume_at = self.taken - self.capacity + enough
 
     @property
     def room(self) -> int:

@@ -46,21 +46,18 @@ class Lock(Protocol):
 
 
 class LimitSet:
-    """Rules and their states.  `lock` makes it safe between threads; the core has none of its own.
+    """Rules, and their states in one tuple.  `lock` makes it safe between threads."""
 
-    The state is one tuple: the front of the line (the instant of the last place booked, before which nobody else may
-    go), then a state for each rule.
-    """
-
-    __slots__ = ("_lock", "_state", "_watchers", "has_windows", "rules")
+    __slots__ = ("_lock", "_only", "_states", "_watchers", "has_windows", "rules")
 
     def __init__(
         self, limits: Iterable[RateLimit | Window], now: float, lock: Lock, tokens: float | None = None
     ) -> None:
         self.rules = tuple(make_rule(limit) for limit in limits)
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
+        self._only = self.rules[0] if len(self.rules) == 1 else None
         self._lock = lock
-        self._state: tuple[Any, ...] = (-math.inf, *(rule.initial(now, tokens) for rule in self.rules))
+        self._states: tuple[Any, ...] = tuple(rule.initial(now, tokens) for rule in self.rules)
         self._watchers: list[Callable[[], object]] = []
 
     @property
@@ -68,53 +65,46 @@ class LimitSet:
         """What its limits count."""
         return {rule.unit for rule in self.rules}
 
+    def fits(self, amount: Amount) -> bool:
+        """Say whether an amount can be had at all."""
+        return all(part_of(amount, rule.unit) <= rule.most for rule in self.rules)
+
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
         for rule in self.rules:
             if part_of(amount, rule.unit) > rule.most:
                 refuse("amount", amount, f"at most {rule.most:g} {rule.unit}: more could never be had at once")
 
-    def _ask(self, amount: Amount, now: float, slack: float, held: bool) -> tuple[float, tuple[Any, ...]]:
-        """Return when all would say yes, nobody going before the front of the line, and the state if taken then."""
-        state = self._state
-        at = state[0] if state[0] > now else now
-        latest = at
-        taken = [at]
-        for position, rule in enumerate(self.rules, 1):
-            part = amount if type(amount) is int else part_of(amount, rule.unit)
-            ready_at, after = rule.ask(state[position], part, at, slack, held)
-            taken.append(after)
-            if ready_at > latest:
-                latest = ready_at
-        return latest, tuple(taken)
-
-    def ready_at(self, amount: Amount, now: float) -> float:
-        """Return the instant at which every limit would say yes; `now` if all do, infinity if an outcome must come."""
-        return self._ask(amount, now, 0.0, False)[0]
-
     def try_take(self, amount: Amount, now: float, slack: float = 0.0, held: bool = False) -> float:
         """Take from all, or from none; return `now` if taken, else when to ask again (infinity: after an outcome)."""
+        only = self._only
         with self._lock:
-            ready_at, taken = self._ask(amount, now, slack, held)
+            if only is None:
+                ready_at, states = self._ask(self._states, amount, now, slack, held)
+            else:  # the common case, without the loop
+                part = amount if type(amount) is int else part_of(amount, only.unit)
+                ready_at, state = only.ask(self._states[0], part, now, slack, held)
+                states = (state,)
             if ready_at <= now:
-                self._state = taken
+                self._states = states
             return ready_at
 
-    def book(self, amount: Amount, now: float, latest: float) -> float:
-        """Take the next place in the line and return its instant; with nothing taken if that is past `latest`."""
-        with self._lock:
-            ready_at, taken = self._ask(amount, now, 0.0, False)
-            if ready_at <= latest and ready_at < math.inf:
-                # Every rule takes at the instant at which all say yes: what one would grant earlier is not lost.
-                self._state = taken if ready_at <= now else self._ask(amount, ready_at, 0.0, False)[1]
-            return ready_at
+    def foresee(self, amounts: Iterable[Amount], now: float) -> float:
+        """Return when the last of some amounts, taken one after the other, could be taken."""
+        states = self._states
+        for amount in amounts:
+            ready_at, taken = self._ask(states, amount, now, 0.0, False)
+            if ready_at == math.inf:
+                return ready_at
+            states = taken if ready_at <= now else self._ask(states, amount, ready_at, 0.0, False)[1]
+            now = ready_at
+        return now
 
     def settle(self, amount: Amount, now: float) -> None:
         """Say that a call whose slots were held has its outcome."""
         with self._lock:
-            front, *states = self._state
-            pairs = zip(self.rules, states, strict=True)
-            self._state = (front, *[rule.settle(state, part_of(amount, rule.unit), now) for rule, state in pairs])
+            pairs = zip(self.rules, self._states, strict=True)
+            self._states = tuple([rule.settle(state, part_of(amount, rule.unit), now) for rule, state in pairs])
             watchers, self._watchers = self._watchers, []
         for wake in watchers:
             wake()
@@ -122,9 +112,8 @@ class LimitSet:
     def undo(self, amount: Amount) -> None:
         """Give back what a call took that was never made."""
         with self._lock:
-            front, *states = self._state
-            pairs = zip(self.rules, states, strict=True)
-            self._state = (front, *[rule.undo(state, part_of(amount, rule.unit)) for rule, state in pairs])
+            pairs = zip(self.rules, self._states, strict=True)
+            self._states = tuple([rule.undo(state, part_of(amount, rule.unit)) for rule, state in pairs])
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have `wake` called, once, after the next outcome."""
@@ -133,5 +122,16 @@ class LimitSet:
 
     def available(self, now: float) -> float:
         """Return what every limit would grant now."""
-        _, *states = self._state
-        return min(rule.available(state, now) for rule, state in zip(self.rules, states, strict=True))
+        return min(rule.available(state, now) for rule, state in zip(self.rules, self._states, strict=True))
+
+    def _ask(
+        self, states: tuple[Any, ...], amount: Amount, now: float, slack: float, held: bool
+    ) -> tuple[float, tuple[Any, ...]]:
+        """Return when all would say yes (`now` if they do), and the states if it is taken now."""
+        latest = now
+        taken = []
+        for rule, state in zip(self.rules, states, strict=True):
+            ready_at, after = rule.ask(state, part_of(amount, rule.unit), now, slack, held)
+            taken.append(after)
+            latest = max(latest, ready_at)
+        return latest, tuple(taken)

@@ -17,17 +17,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from ..errors import RateLimitError, TaskError, TaskTimeoutError
+from ..errors import TaskError, TaskTimeoutError
 from ..model import Event, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
-from .lane import Attempt, Feed, FeedKind, Lane
+from .breaker import CLOSED
+from .lane import SLOW_PULL, Attempt, Feed, FeedKind, Lane
 from .limits import part_of
 from .steps import DONE, Cancel, Raised, Step, Wait
+from .stops import StopRule
+from .timers import Timer, Timers
 from .tree import PULL_GRACE, NodeKey, Tree
 
 SUCCEEDED = TaskStatus.SUCCEEDED
@@ -37,20 +39,14 @@ TIMEOUT = TaskStatus.TIMEOUT
 CANCELLED = TaskStatus.CANCELLED
 SKIPPED = TaskStatus.SKIPPED
 
+Record = Attempt | tuple[Any, Any, int, float, float]
+"""What is kept of a task: the attempt, or of a bare payload that succeeded at once only the payload, the value, the
+lane's order, started_at and duration: less to keep, and nothing for the garbage collector to look through."""
+
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
-SLOW_PULL = 0.0002
 PULLS_DROPPED_AFTER = 0.050
+INF = math.inf
 _END = object()
-
-
-class Timer(Enum):
-    """What an alarm is for."""
-
-    LANE = "lane"
-    RETRY = "retry"
-    DEADLINE = "deadline"
-    DRAINED = "drained"
-    PULLS = "pulls"
 
 
 class Run:
@@ -81,7 +77,7 @@ class Run:
         stop: StopConditions,
         width: int | None = None,
         rng: Uniform,
-        records: list[Attempt] | None = None,
+        records: list[Record] | None = None,
         completed: deque[Attempt] | None = None,
         emit: Callable[[Event], object] | None = None,
     ) -> None:
@@ -94,35 +90,29 @@ class Run:
         self.input_error: BaseException | None = None  # raised by the inputs, and so by the run when all is done
         self.intake_cut = False
         self.begun_at = now
+        # A driver may read these: with no lane active and nothing special, `next` would say to wait until `due_at`.
+        self.active: deque[Lane] = deque()  # lanes that may have something to start
+        self.special = feed is not None and data is None  # whether there may be steps that start no attempt
+        self.due_at = INF  # neither a timer nor a timeout is due before
         self._feed = feed if data is None else None
         self._data = data
         self._tree = tree
         self._stop = stop
-        self._counts_outcomes = any(
-            limit is not None for limit in (stop.max_failures, stop.failure_rate, stop.max_results)
-        )
-        self._watched = self._counts_outcomes or any(who is not None for who in (tree, completed, emit))
-        self._cap = math.inf if width is None else width
-        self._width = 0.0
+        self._stop_rule = StopRule(stop)
+        self._watched = self._stop_rule.counts_successes or any(who is not None for who in (tree, completed, emit))
+        self._cap = INF if width is None else width
         self._rng = rng
         self._emit = emit
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._index = 0
         self._keys: set[Any] = set()
-        self._active: deque[Lane] = deque()  # lanes that may have something to start
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
-        self._special = feed is not None and data is None  # whether there may be steps that start no attempt
-        self._held_places = 0.0
-        self._timers: list[tuple[float, int, Timer, Any]] = []
-        self._timer_number = 0
-        self._scan_at = math.inf  # no attempt times out before
-        self._due_at = math.inf  # neither a timer nor a timeout is due before
+        self._held = False
+        self._timers = Timers()
+        self._scan_at = INF  # no attempt times out before
         self._wait = ON_EVENT
-        self._outcomes = 0
-        self._failures = 0
-        self._successes = 0
         for lane in lanes:
             self._join(lane)
         if stop.timeout is not None:
@@ -132,25 +122,29 @@ class Run:
 
     def next(self, now: float) -> Step:
         """Return the next step."""
-        if now >= self._due_at:
+        if now >= self.due_at:
             self._tick(now)
-        places = self._width
-        if self._special:
+        places: float = self._cap
+        if self.special:
             step = self._next_special(now)
             if step is not None:
                 return step
-            places -= self._held_places
-        active = self._active
-        while active and len(self._running) < places:
-            step = self._admit(active[0], now)
+            if self._held:
+                places = 0
+        active = self.active
+        while active and (places == INF or len(self._running) < places):
+            lane = active[0]
+            step = self._admit(lane, now)
+            if step is None or lane.running >= lane.concurrency:
+                active.popleft()
+                lane.active = False
+            elif len(active) > 1:
+                active.rotate(-1)  # the lanes take turns
             if step is not None:
-                if len(active) > 1:
-                    active.rotate(-1)  # the lanes take turns
                 return step
-            active.popleft().active = False
-        if self._special and (step := self._next_special(now)) is not None:
+        if self.special and (step := self._next_special(now)) is not None:
             return step  # a skip may have stopped the run, and a slow feed is pulled after all that can start
-        return ON_EVENT if self._running and self._due_at == math.inf else self._idle()
+        return ON_EVENT if self._running and self.due_at == INF else self._idle()
 
     def finished(self, attempt: Attempt, outcome: Any, now: float) -> bool:
         """Take the outcome of an attempt: its value, or a Raised.  Return False if it had been given up before."""
@@ -161,52 +155,52 @@ class Run:
             self._late(attempt, now)
             return False
         lane.running -= 1
-        attempt.duration = duration = now - attempt.started_at
+        duration = now - attempt.started_at
         lane.busy_seconds += duration
         lane.last_answer = now
         if lane.first_answer is None:
             lane.first_answer = now
         if not lane.active:
             lane.active = True
-            self._active.append(lane)
-        if self._emit is not None:
-            self._tell("answer", now, attempt, _outcome_word(outcome))
-        if type(outcome) is Raised:
-            self._raised(attempt, outcome, now)
+            self.active.append(lane)
+        if (
+            self._watched
+            or type(outcome) is Raised
+            or attempt.task is not None
+            or attempt.number > 1
+            or lane.batch_size is not None
+        ):
+            attempt.duration = duration
+            self._answered(attempt, outcome, now)
             return True
-        attempt.outcome = outcome
+        # The same, as far as it concerns a bare payload that succeeded at once.
         if lane.gate.active:
-            lane.gate.ended(attempt, attempt.amount, now, True)
-        if self._watched or attempt.task is not None or lane.batch_size is not None:
-            self._end(attempt, SUCCEEDED, now)
-        else:  # the same, as far as it concerns a task of which nobody wants to know more
-            attempt.status = SUCCEEDED
-            lane.success_count += 1
-            lane.delivered += 1
-            if lane.delivered >= lane.resume_at:
-                self._resume(lane)
+            lane.gate.ended(attempt, 1, now, True)
+        if self.records is not None:
+            self.records[attempt.index] = (attempt.payload, outcome, lane.order, attempt.started_at, duration)
+        lane.success_count += 1
+        lane.delivered += 1
+        if lane.delivered >= lane.resume_at:
+            self._resume(lane)
         return True
 
     def offered(
         self,
         feed: Feed,
-        items: Sequence[Any],
         ended: bool,
         error: BaseException | None,
         now: float,
     ) -> None:
-        """Take what a pull brought: items, perhaps the end, perhaps the error that ended it."""
+        """Note that a pull is over: take what has arrived, perhaps the end, perhaps the error that ended it."""
+        if feed not in self._pulls:  # it had been given up
+            return
+        self._collect(feed, now)
         feed.pulling = False
-        self._pulls.discard(feed)
+        self._pulls.remove(feed)
         feed.slow = now - feed.pulled_at > SLOW_PULL
-        feed.ended = ended = ended or error is not None
-        if feed.kind is FeedKind.NODES:
-            self._nodes_offered(feed, items, ended, now)
-        else:
-            for attempt in items:
-                self._take(attempt, feed, now)
-            if self._tree is not None:
-                self._tree.returned(feed, ended)
+        feed.ended = ended
+        if self._tree is not None:
+            self._tree.returned(feed, ended)
         if error is not None:
             self._feed_failed(feed, error, now)
         if feed.lane is not None:
@@ -257,7 +251,6 @@ class Run:
         lane.order = len(self.lanes)
         self.lanes.append(lane)
         lane.guarded = lane.guarded or self._tree is not None
-        self._width = min(self._cap, self._width + lane.concurrency)
         self._activate(lane)
 
     def _next_special(self, now: float) -> Step | None:
@@ -266,28 +259,29 @@ class Run:
             return self._steps.popleft()
         if self.stop_reason is not None:
             return self._idle()
-        self._held_places = 0.0
+        self._held = False
         feed = self._feed
-        if feed is None or feed.ended:
-            self._special = False
+        if feed is None or feed.ended or (feed.blocked and not feed.pulling):
+            self.special = False
             return None
         if feed.pulling:
+            self._collect(feed, now)
             # A quick feed fills the queues first: whoever pulls will be back at once, and nobody need be woken.
             if not feed.slow and now < feed.hold_until:
-                self._held_places = self._width
-                if self._active:
-                    self._due_at = min(self._due_at, feed.hold_until)
-        elif not feed.blocked and not (feed.slow and self._may_start()):
+                self._held = True
+                self.due_at = min(self.due_at, feed.hold_until)
+        elif not (feed.slow and self._may_start()):
             return self._pull(feed, now)
         return None
 
     def _may_start(self) -> bool:
-        return bool(self._active) and len(self._running) < self._width
+        return bool(self.active) and len(self._running) < self._cap
 
     def _pull(self, feed: Feed, now: float) -> Feed:
         feed.pulling = True
         feed.pulled_at = now
-        if feed.hold_until == -math.inf:
+        feed.wanted = 1 if feed.slow else feed.handful
+        if feed.hold_until == -INF:
             feed.hold_until = now + PULL_GRACE
         self._pulls.add(feed)
         return feed
@@ -295,9 +289,10 @@ class Run:
     def _refill(self, lane: Lane, now: float) -> None:
         """Take inputs that are plain data, up to the lane's capacity."""
         data = self._data
+        assert data is not None
         fifo, records, index = lane.fifo, self.records, self._index
         for _ in range(lane.room):
-            item = next(data, _END)  # type: ignore[arg-type]
+            item = next(data, _END)
             if item is _END:
                 self._data = None
                 break
@@ -314,6 +309,10 @@ class Run:
             index += 1
         self._index = index
         lane.rest()
+        if lane.delivered >= lane.resume_at:
+            lane.resume_at = INF
+        if self.stop_reason is not None:
+            self._cancel_waiting(now)
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
         lane = attempt.lane
@@ -324,7 +323,7 @@ class Run:
         lane.taken += 1
         if self.records is not None:
             self.records.append(attempt)
-        if feed is not None:
+        if feed is not None and lane.taken - lane.delivered > lane.full_at:
             self._rest(lane, feed)
         if attempt.task is not None and self._refused(attempt, feed, now):
             return
@@ -334,7 +333,7 @@ class Run:
             heappush(lane.heap, (attempt.rank, attempt))
         if not lane.active:
             lane.active = True
-            self._active.append(lane)
+            self.active.append(lane)
 
     def _refused(self, attempt: Attempt, feed: Feed | None, now: float) -> bool:
         """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
@@ -366,30 +365,34 @@ class Run:
 
     def _rest(self, lane: Lane, feed: Feed) -> None:
         """Let the feed rest when a lane could not take another handful."""
-        if self._tree is None and lane.resume_at == math.inf and lane.room < lane.handful:
+        if self._tree is None and lane.resume_at == INF:
             lane.rest()
             feed.blocked += 1
 
     def _resume(self, lane: Lane) -> None:
         """Go on with the intake: the lane has room again."""
-        lane.resume_at = math.inf
+        lane.resume_at = INF
         self._activate(lane)
         if self._feed is not None:
+            self.special = True
             self._feed.blocked -= 1
-            self._feed.hold_until = -math.inf
+            self._feed.hold_until = -INF
 
-    def _nodes_offered(self, feed: Feed, items: Sequence[Any], ended: bool, now: float) -> None:
-        tree = self._tree
-        assert tree is not None
-        for bad in items:
-            if isinstance(bad, Attempt):
+    def _collect(self, feed: Feed, now: float) -> None:
+        """Take what a feed has brought so far."""
+        while feed.arrived:
+            item = feed.arrived.popleft()
+            if feed.kind is not FeedKind.NODES:
+                self._take(item, feed, now)
+            elif isinstance(item, NodeKey):
+                assert self._tree is not None
+                self._tree.node_came(feed, item, self.lanes)
+                for lane in self.lanes:
+                    self._activate(lane)
+            else:  # a bad one
                 level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
-                bad.rank = (0, level, path, 0, self._index)
-                self._take(bad, None, now)
-        tree.nodes_offered(feed, [key for key in items if isinstance(key, NodeKey)], self.lanes)
-        tree.returned(feed, ended)
-        for lane in self.lanes:
-            self._activate(lane)
+                item.rank = (0, level, path, 0, self._index)
+                self._take(item, None, now)
 
     def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
         """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
@@ -408,17 +411,23 @@ class Run:
 
     def _admit(self, lane: Lane, now: float) -> Step | None:
         """Return what a lane starts or pulls now; None if it must wait, its alarm then being set."""
-        if self._tree is not None and (feed := self._tree.next_feed(lane)) is not None:
+        tree = self._tree
+        if tree is not None and (feed := tree.next_feed(lane)) is not None:
             return self._pull(feed, now)
         if lane.running >= lane.concurrency:
             return None
-        if self._data is not None and lane.resume_at == math.inf:
-            self._refill(lane, now)
         while True:
+            if self._data is not None and lane.resume_at == INF:
+                self._refill(lane, now)
+                if self.stop_reason is not None:  # a bad item was the last straw
+                    return None
             attempt = lane.fifo[0] if lane.fifo and not lane.heap else lane.head()
             if attempt is None:
-                return None
-            timeout = lane.timeout
+                if self._data is not None and lane.resume_at == INF:
+                    continue  # all that was taken had its result at once
+                # What was there may have been skipped: there may be more to pull now.
+                feed = None if tree is None else tree.next_feed(lane)
+                return None if feed is None else self._pull(feed, now)
             if lane.guarded or lane.gate.active:
                 until = self._ask_gates(lane, attempt, now)
                 if until > now:
@@ -426,12 +435,15 @@ class Run:
                         lane.wake_at = until
                         self._set_timer(until, Timer.LANE, lane)
                     return None
-                if attempt.status is not None:  # skipped, and that may have stopped the run
-                    if self.stop_reason is not None:
+                if attempt.status is not None:  # skipped
+                    if self.stop_reason is not None:  # ... as the last straw
                         return None
                     continue
-            if lane.guarded or attempt.task is not None or attempt.trail is not None:
+            timeout = lane.timeout
+            if lane.accounts or attempt.task is not None or attempt.trail is not None:
                 timeout = self._account(lane, attempt, now)
+            elif lane.budget is not None:
+                lane.budget -= 1
             if lane.heap:
                 self._pop(lane, attempt)
             else:
@@ -441,7 +453,7 @@ class Run:
             attempt.timeout = timeout
             if now + timeout < self._scan_at:
                 self._scan_at = now + timeout
-                self._due_at = min(self._due_at, self._scan_at)
+                self.due_at = min(self.due_at, self._scan_at)
             if self.first_start is None:
                 self.first_start = now
             self._running.add(attempt)
@@ -455,22 +467,25 @@ class Run:
         """Return `now` or before if all say yes, or if the task was skipped; else when to ask again."""
         if self._tree is not None and (until := self._tree.hold_until(lane, attempt)) > now:
             return until
-        if self._skipped(lane, attempt, now):
+        gate = lane.gate
+        breaker = gate.breaker
+        shut = breaker is not None and breaker.state is not CLOSED
+        hangs = lane.abandoned >= lane.max_abandoned
+        if hangs:
+            gate.keep_shut(now)
+        if (shut or hangs or (lane.budget is not None and lane.budget < 1)) and self._skipped(lane, attempt, now):
             return now
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
-        if lane.abandoned >= lane.max_abandoned:
-            lane.gate.refuse_probe(now)
-        return self._ask_gate(lane, attempt, now) if lane.gate.active else now
-
-    def _ask_gate(self, lane: Lane, attempt: Attempt, now: float) -> float:
+        if not gate.active:
+            return now
         amount = 1 if attempt.task is None else attempt.task.amount
-        until = lane.gate.admit(attempt, amount, now)
-        if until == math.inf and not lane.watching:
+        until = gate.admit(attempt, amount, now)
+        if until == INF and not lane.watching:
             # It hangs on an outcome, perhaps one of another run: watch for it, then ask again, lest it came in between.
             lane.watching = True
-            lane.gate.watch(lambda: self.on_wake(lane))
-            until = lane.gate.admit(attempt, amount, now)
+            gate.watch(lambda: self.on_wake(lane))
+            until = gate.admit(attempt, amount, now)
         return until
 
     def _skipped(self, lane: Lane, attempt: Attempt, now: float) -> bool:
@@ -478,11 +493,12 @@ class Run:
         trail = attempt.trail
         if lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget):
             reason = "budget_exhausted"
-        elif lane.gate.skips(now):
+        elif lane.gate.skips(now) or (lane.gate.breaker is None and lane.abandoned >= lane.max_abandoned):
             reason = "breaker_open"
         else:
             return False
         self._pop(lane, attempt)
+        self._return_budget(attempt)
         attempt.reason = reason
         if trail is None or trail.error is None:
             self._end(attempt, SKIPPED, now)
@@ -518,13 +534,24 @@ class Run:
 
     # ---- outcomes ----------------------------------------------------------------------------------------------------
 
+    def _answered(self, attempt: Attempt, outcome: Any, now: float) -> None:
+        if self._emit is not None:
+            self._tell("answer", now, attempt, _outcome_word(outcome))
+        if type(outcome) is Raised:
+            self._raised(attempt, outcome, now)
+            return
+        if attempt.lane.gate.active:
+            attempt.lane.gate.ended(attempt, attempt.amount, now, True)
+        attempt.outcome = outcome
+        self._end(attempt, SUCCEEDED, now)
+
     def _raised(self, attempt: Attempt, raised: Raised, now: float) -> None:
         error = raised.error
         exits = isinstance(error, (SystemExit, KeyboardInterrupt))
-        says_nothing = raised.cancelled or exits or isinstance(error, RateLimitError)
+        says_nothing = raised.cancelled or raised.throttled or exits
         self._tell_gate(attempt, now, None if says_nothing else False)
-        if isinstance(error, RateLimitError):
-            self._throttled(attempt, error, now)
+        if raised.throttled:
+            self._throttled(attempt, raised, now)
         elif raised.cancelled:
             attempt.outcome = raised
             attempt.reason = "task_cancelled"
@@ -540,13 +567,13 @@ class Run:
         if attempt.lane.gate.active and attempt.lane.gate.ended(attempt, attempt.amount, now, verdict):
             self._tell("breaker_opened", now, attempt)
 
-    def _throttled(self, attempt: Attempt, error: RateLimitError, now: float) -> None:
+    def _throttled(self, attempt: Attempt, raised: Raised, now: float) -> None:
         """Pause the lane as the source asked; the attempt does not count, unless it asked for too long."""
-        lane = attempt.lane
+        lane, error = attempt.lane, raised.error
         lane.stats.throttled += 1
         trail = attempt.remember()
         trail.throttles += 1
-        delay = error.retry_after or backoff_delay(lane.retry, trail.throttles, self._rng)
+        delay = raised.retry_after or backoff_delay(lane.retry, trail.throttles, self._rng)
         if delay > lane.retry.max_retry_after or now + delay > trail.give_up_at:
             self._fail(attempt, error, now)
             return
@@ -578,6 +605,7 @@ class Run:
         """Reserve the budget of another attempt; without it, or when the run has stopped, the failure stands."""
         lane, trail = attempt.lane, attempt.remember()
         trail.error = error
+        attempt.view = None  # the next attempt is another one to its task
         if self.stop_reason is not None:
             self._cancel_one(attempt, now)
             return False
@@ -589,9 +617,22 @@ class Run:
             trail.has_budget = True
         return True
 
+    @staticmethod
+    def _return_budget(attempt: Attempt) -> None:
+        """Give back what was reserved for an attempt that will not be made."""
+        trail, lane = attempt.trail, attempt.lane
+        if trail is not None and trail.has_budget and lane.budget is not None:
+            trail.has_budget = False
+            lane.budget += 1
+
     def _queue_again(self, attempt: Attempt) -> None:
-        lane = attempt.lane
-        heappush(lane.heap, (attempt.rank or (0, attempt.index), attempt))
+        lane, trail = attempt.lane, attempt.trail
+        rank = attempt.rank or (0, attempt.index)
+        if lane.batch_size is not None and attempt.number:
+            rank = (-INF, attempt.index)  # before any new task: its batch waits for it, and they for the batch
+        heappush(lane.heap, (rank, attempt))
+        if trail is not None and trail.give_up_at < INF:
+            self._set_timer(trail.give_up_at, Timer.GIVE_UP, attempt)
         self._activate(lane)
 
     def _fail(self, attempt: Attempt, error: BaseException, now: float) -> None:
@@ -630,8 +671,8 @@ class Run:
             self._batch_ended_one(lane, now)
         if self._emit is not None:
             self._tell("result", now, attempt, status.value)
-        if self._counts_outcomes:
-            self._count_outcome(status, now)
+        if (last_straw := self._stop_rule.after(status)) is not None:
+            self.cancel(last_straw, now)
 
     def _batch_ended_one(self, lane: Lane, now: float) -> None:
         lane.batch_open -= 1
@@ -648,24 +689,23 @@ class Run:
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def _set_timer(self, at: float, timer: Timer, what: Any) -> None:
-        self._timer_number += 1
-        heappush(self._timers, (at, self._timer_number, timer, what))
-        if at < self._due_at:
-            self._due_at = at
+        self._timers.set(at, timer, what)
+        if at < self.due_at:
+            self.due_at = at
 
     def _activate(self, lane: Lane) -> None:
         if not lane.active:
             lane.active = True
-            self._active.append(lane)
+            self.active.append(lane)
 
     def _tick(self, now: float) -> None:
         if now >= self._scan_at:
             self._scan(now)
         timers = self._timers
-        while timers and timers[0][0] <= now:
-            _, _, timer, what = heappop(timers)
+        while timers.next_at <= now:
+            timer, what = timers.pop()
             if timer is Timer.LANE:
-                what.wake_at = math.inf
+                what.wake_at = INF
                 self._activate(what)
             elif timer is Timer.RETRY:
                 self._queue_again(what)
@@ -673,14 +713,28 @@ class Run:
                 self.cancel("timeout", now)
             elif timer is Timer.DRAINED:
                 self._abandon_all(now)
+            elif timer is Timer.GIVE_UP:
+                self._give_up(what, now)
             else:
                 self._drop_pulls()
-        self._due_at = min(self._scan_at, timers[0][0] if timers else math.inf)
+        self.due_at = min(self._scan_at, timers.next_at)
+
+    def _give_up(self, attempt: Attempt, now: float) -> None:
+        """End a task whose time is over while it waits for another attempt: the failure it had stands."""
+        heap, trail = attempt.lane.heap, attempt.trail
+        waiting = [entry for entry in heap if entry[1] is attempt]
+        if waiting and trail is not None and trail.error is not None:
+            heap.remove(waiting[0])
+            heapify(heap)
+            self._return_budget(attempt)
+            self._fail(attempt, trail.error, now)
 
     def _scan(self, now: float) -> None:
         """Time out what is over its time.  Runs seldom: not before the earliest time-out known at the last scan."""
-        self._scan_at = math.inf
-        for attempt in tuple(self._running):
+        self._scan_at = INF
+        for attempt in sorted(self._running, key=_by_index):
+            if attempt not in self._running:  # the one before has stopped the run
+                continue
             deadline = attempt.started_at + attempt.timeout
             if deadline <= now:
                 self._time_out(attempt, now)
@@ -691,8 +745,10 @@ class Run:
         lane = attempt.lane
         self._tell("timeout", now, attempt)
         self._abandon(attempt, now, "timeout", False)
-        if lane.abandoned >= lane.max_abandoned and lane.gate.trip(now):
-            self._tell("breaker_opened", now, attempt, "too many calls hang")
+        if lane.abandoned >= lane.max_abandoned:
+            lane.guarded = True
+            if lane.gate.keep_shut(now):
+                self._tell("breaker_opened", now, attempt, "too many calls hang")
         error = TaskTimeoutError(f"no answer after {attempt.timeout:g} s")
         self._failed(self._replaced(attempt), error, lane.retries_timeouts, now)
 
@@ -707,7 +763,7 @@ class Run:
         lane.last_given_up = now
         self._tell_gate(attempt, now, verdict)
         self._steps.append(Cancel(attempt, reason))
-        self._special = True
+        self.special = True
         self._activate(lane)
 
     def _replaced(self, attempt: Attempt) -> Attempt:
@@ -719,29 +775,9 @@ class Run:
 
     # ---- stopping ----------------------------------------------------------------------------------------------------
 
-    def _count_outcome(self, status: TaskStatus, now: float) -> None:
-        if status is SUCCEEDED:
-            self._successes += 1
-        elif status in (FAILED, ERROR, TIMEOUT):
-            self._failures += 1
-        else:
-            return
-        stop = self._stop
-        outcomes = self._successes + self._failures
-        if stop.max_failures is not None and self._failures >= stop.max_failures:
-            self.cancel("max_failures", now)
-        elif stop.max_results is not None and self._successes >= stop.max_results:
-            self.cancel("max_results", now)
-        elif (
-            stop.failure_rate is not None
-            and outcomes >= stop.min_outcomes
-            and self._failures >= stop.failure_rate * outcomes
-        ):
-            self.cancel("failure_rate", now)
-
     def _halt(self, reason: str, now: float, in_flight: str | None) -> None:
         self.stop_reason = reason
-        self._special = True
+        self.special = True
         self._tell("stop", now, None, reason)
         if self._data is not None or (self._feed is not None and not self._feed.ended):
             self.intake_cut = True
@@ -763,22 +799,19 @@ class Run:
             lane.heap.clear()
             for attempt in waiting:
                 self._cancel_one(attempt, now)
-        retries = [what for _, _, timer, what in sorted(self._timers, key=lambda t: t[:2]) if timer is Timer.RETRY]
-        if retries:
-            self._timers = [timer for timer in self._timers if timer[2] is not Timer.RETRY]
-            heapify(self._timers)
-            for attempt in retries:
-                self._cancel_one(attempt, now)
+        for attempt in self._timers.take_out(Timer.RETRY):
+            self._cancel_one(attempt, now)
 
     def _cancel_one(self, attempt: Attempt, now: float) -> None:
         trail = attempt.trail
         if trail is not None and trail.error is not None:
             attempt.outcome = Raised(trail.error)
+            self._return_budget(attempt)
         attempt.reason = self.stop_reason
         self._end(attempt, CANCELLED, now)
 
     def _abandon_all(self, now: float) -> None:
-        for attempt in sorted(self._running, key=lambda attempt: attempt.index):
+        for attempt in sorted(self._running, key=_by_index):
             self._abandon(attempt, now, str(self.stop_reason), None)
             self._cancel_one(attempt, now)
 
@@ -786,17 +819,17 @@ class Run:
         for feed in self._pulls:
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
-        self._special = True
+        self.special = True
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def _idle(self) -> Step:
         if not self._running and not self._pulls and self._is_done():
             return DONE
-        if self._due_at == math.inf:
+        if self.due_at == INF:
             return ON_EVENT
-        if self._wait.until != self._due_at:
-            self._wait = Wait(self._due_at)
+        if self._wait.until != self.due_at:
+            self._wait = Wait(self.due_at)
         return self._wait
 
     def _is_done(self) -> bool:
@@ -826,6 +859,10 @@ class Run:
                 self._emit(Event(kind, now, detail=detail))
             else:
                 self._emit(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+
+
+def _by_index(attempt: Attempt) -> int:
+    return attempt.index
 
 
 def _outcome_word(outcome: Any) -> str:

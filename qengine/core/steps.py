@@ -21,14 +21,25 @@ class Raised:
     """The outcome of an attempt that raised.  Tagged, because a task may also return an exception.
 
     `verdict` is what the retry policy made of it, asked where the task ran: True, False, or seconds to wait.
-    `cancelled` marks a cancellation that nobody asked for.
+    `throttled` marks a RateLimitError, `retry_after` is what it asks for, in seconds; `cancelled` marks a
+    cancellation that nobody asked for.
     """
 
-    __slots__ = ("cancelled", "error", "verdict")
+    __slots__ = ("cancelled", "error", "retry_after", "throttled", "verdict")
 
-    def __init__(self, error: BaseException, verdict: bool | float = False, cancelled: bool = False) -> None:
+    def __init__(
+        self,
+        error: BaseException,
+        verdict: bool | float = False,
+        *,
+        throttled: bool = False,
+        retry_after: float = 0.0,
+        cancelled: bool = False,
+    ) -> None:
         self.error = error
         self.verdict = verdict
+        self.throttled = throttled
+        self.retry_after = retry_after
         self.cancelled = cancelled
 
 

@@ -66,7 +66,6 @@ class Tree:
             return None
         if lane.growth:
             feed = lane.growth.popleft()
-            feed.wanted = 256
         elif lane.room <= 0:
             if lane.resume_at == math.inf:
                 lane.rest()
@@ -78,7 +77,7 @@ class Tree:
             if rank is None or not (low or head is None or rank < place_of(head)):
                 return None
             feed = self._next_queries(lane, rank)
-            feed.wanted = min(lane.room, 16)
+            feed.handful = min(lane.room, 16)
         lane.pulling = feed
         return feed
 
@@ -92,19 +91,18 @@ class Tree:
             return self._roots.pulled_at + PULL_GRACE
         return -math.inf
 
-    def nodes_offered(self, feed: Feed, keys: Sequence[NodeKey], lanes: Sequence[Lane]) -> None:
-        """Queue the new ones of some nodes with every lane."""
+    def node_came(self, feed: Feed, key: NodeKey, lanes: Sequence[Lane]) -> None:
+        """Queue a node with every lane, unless it was reached before."""
+        feed.taken += 1
+        if key in self._seen:
+            return
+        self._seen.add(key)
         level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
-        for key in keys:
-            feed.taken += 1
-            if key in self._seen:
-                continue
-            self._seen.add(key)
-            rank = (level, (*path, feed.taken))
-            for lane in lanes:
-                self._order += 1
-                heappush(lane.nodes, (rank, self._order, key))
-                self.open += 1
+        rank = (level, (*path, feed.taken))
+        for lane in lanes:
+            self._order += 1
+            heappush(lane.nodes, (rank, self._order, key))
+            self.open += 1
 
     def returned(self, feed: Feed, ended: bool) -> None:
         """Note that a pull is over; what is not at its end goes back into its queue."""
@@ -123,10 +121,8 @@ class Tree:
 
     def grew(self, attempt: Attempt) -> None:
         """Open what a non-empty result opens up."""
-        lane, task = attempt.lane, attempt.task
-        assert task is not None
-        self.active[NodeKey(task.node)] = None  # type: ignore[attr-defined]
-        self._grow(lane, self._children_feed(attempt))
+        self.active[attempt.node] = None
+        self._grow(attempt.lane, self._children_feed(attempt))
 
     def follow(self, attempt: Attempt) -> None:
         """Open the next pages of a result, be it empty or not."""

@@ -8,18 +8,34 @@ of the caller who started the run and keeps its changes to itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from inspect import isasyncgen
-from typing import Any
+from threading import get_ident
+from typing import Any, Protocol
 
-from ..core.lane import Attempt, Feed
+from ..core.lane import SLOW_PULL, Attempt, Feed
 from ..core.steps import Raised
+from ..errors import RateLimitError
 from ..model import CancellationToken, Task
 
-_PLAIN_DATA = (list, tuple, range, dict, set, frozenset, str, bytes)
-_PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
+_PLAIN_DATA = (list, tuple, range, str, bytes)
+PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
+"""Types of values that need no `check_value`."""
 
-_current: ContextVar[tuple[Attempt, Callable[[], float]]] = ContextVar("qengine_current_attempt")
+_END: Any = object()
+
+class Worker(Protocol):
+    """Whatever runs attempts, one after the other."""
+
+    work: Any
+
+
+_current: ContextVar[tuple[Worker, Callable[[], float], int]] = ContextVar("qengine_current_attempt")
+
+
+def set_current_worker(worker: Worker, now_fn: Callable[[], float]) -> None:
+    """Let the code that runs in this context, and in this thread, find its attempt."""
+    _current.set((worker, now_fn, get_ident()))
 
 
 class CurrentAttempt:
@@ -46,12 +62,12 @@ def current_attempt() -> CurrentAttempt:
     up; `deadline`, an instant of the run's clock, and `remaining()`, the seconds until then.
 
     Raises:
-        RuntimeError: Outside of a task.
+        RuntimeError: Outside of a task, which is also in a thread that the task has started.
     """
-    try:
-        attempt, now_fn = _current.get()
-    except LookupError:
-        raise RuntimeError("current_attempt() was called outside of a task that qengine runs") from None
+    worker, now_fn, thread = _current.get((None, None, None))
+    if worker is None or now_fn is None or thread != get_ident():
+        raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
+    attempt: Attempt = worker.work
     if attempt.view is None:
         attempt.view = CurrentAttempt(attempt, now_fn)
         if attempt.reason is not None:  # given up in the same instant
@@ -71,21 +87,26 @@ def tell_cancelled(attempt: Attempt, reason: str) -> None:
         attempt.view.cancel.cancel(reason)
 
 
-def call(attempt: Attempt, now_fn: Callable[[], float]) -> Any:
-    """Run the task, in a context of its own, and return what it returned."""
-    _current.set((attempt, now_fn))
-    value = attempt.lane.call(attempt.payload)
-    if type(value) not in _PLAIN_VALUES and (hasattr(type(value), "__await__") or isasyncgen(value)):
+def check_value(value: Any) -> None:
+    """Refuse what only an event loop could use: a returned awaitable, which is closed, or an async generator."""
+    if hasattr(type(value), "__await__") or isasyncgen(value):
         if hasattr(value, "close"):
             value.close()
-        raise TypeError(f"the task returned {type(value).__name__}, an awaitable: use the asyncio face for it")
-    return value
+        raise TypeError(f"the task returned {type(value).__name__}, an awaitable: threads cannot await it")
+
+
+def run_in(context: Context, fn: Callable[[Any], Any], payload: Any) -> Any:
+    """Call `fn` in another context than that of the run, as the same attempt."""
+    context.run(_current.set, _current.get())
+    return context.run(fn, payload)
 
 
 def raised(attempt: Attempt, error: BaseException) -> Raised:
     """Return the outcome of an attempt that raised, with what its retry policy makes of that."""
     if _is_cancellation(error):
         return Raised(error, cancelled=True)
+    if isinstance(error, RateLimitError):
+        return Raised(error, throttled=True, retry_after=_seconds(getattr(error, "retry_after", None)))
     if not isinstance(error, Exception):
         return Raised(error)
     try:
@@ -95,33 +116,38 @@ def raised(attempt: Attempt, error: BaseException) -> Raised:
         return Raised(broken)
 
 
-def pull(feed: Feed) -> tuple[list[Any], bool, BaseException | None]:
-    """Take up to `feed.wanted` items; return them, whether that was the end, and the error that ended it.
+def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:
+    """Take up to `feed.wanted` items, fewer if that takes long.
 
-    Only plain data is taken by the handful: an iterator of the user's may block, and what it gave before must not
-    wait for what it gives next.
+    Returns:
+        Whether that was the end, and the error that ended it.
     """
-    items: list[Any] = []
+    arrived, prepare = feed.arrived.append, feed.prepare
+    until = feed.pulled_at + SLOW_PULL
     try:
         if feed.iterator is None:
-            opened = feed.open_fn()
-            feed.iterator = iter(opened)
-            if not isinstance(opened, _PLAIN_DATA):
-                feed.handful = 1
-        for _ in range(min(feed.wanted, feed.handful)):
-            try:
-                item = next(feed.iterator)
-            except StopIteration:
-                return items, True, None
-            items.append(feed.prepare(item))
+            feed.iterator = iter(feed.open_fn())
+        for _ in range(feed.wanted):
+            item = next(feed.iterator, _END)
+            if item is _END:
+                return True, None
+            arrived(prepare(item))
+            if now_fn() > until:
+                break
     except BaseException as error:
-        return items, True, error
-    return items, False, None
+        return True, error
+    return False, None
 
 
 def is_plain_data(inputs: object) -> bool:
     """Say whether iterating over `inputs` runs no user code, so that the core may do it itself."""
     return type(inputs) in _PLAIN_DATA
+
+
+def _seconds(retry_after: object) -> float:
+    """Return what a RateLimitError asks for; 0 where it says nothing that makes sense."""
+    usable = isinstance(retry_after, (int, float)) and 0 < retry_after < float("inf")
+    return float(retry_after) if usable else 0.0  # type: ignore[arg-type]
 
 
 def _is_cancellation(error: BaseException) -> bool:

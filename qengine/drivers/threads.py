@@ -23,9 +23,9 @@ from threading import TIMEOUT_MAX, Lock, Thread
 from typing import Any
 
 from ..core.lane import Attempt, Feed
-from ..core.run import Run
-from ..core.steps import DONE, Cancel, Raised, Step, Wait
-from .calls import call, pull, raised, tell_cancelled
+from ..core.run import ON_EVENT, Run
+from ..core.steps import DONE, Cancel, Raised, Step
+from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker, tell_cancelled
 
 Work = Attempt | Feed
 
@@ -36,20 +36,21 @@ class Place(Enum):
     BUSY = "busy"
     IDLE = "idle"  # in the list of those who have nothing to do
     CALLED = "called"  # there is work in its mailbox
+    GONE = "gone"  # given up, with a call that hangs
 
 
-BUSY, IDLE, CALLED = Place
+BUSY, IDLE, CALLED, GONE = Place
 
 
 class Worker:
     """One thread of a crew, and the mailbox in which it waits for work."""
 
-    __slots__ = ("abandoned", "mailbox", "place", "thread")
+    __slots__ = ("mailbox", "place", "thread", "work")
 
     def __init__(self) -> None:
         self.place = Place.BUSY
         self.mailbox: SimpleQueue[Work | None] = SimpleQueue()
-        self.abandoned = False
+        self.work: Work | None = None
         self.thread: Thread | None = None
 
 
@@ -74,6 +75,7 @@ class Crew:
     ) -> None:
         self.run = run
         self.over = False
+        self._told_end = False
         self.fault: BaseException | None = None
         self._now_fn = now_fn
         self._deliver = deliver
@@ -114,98 +116,123 @@ class Crew:
         """Wait for the threads to end, except for those that hang."""
         self._timekeeper.join()
         for worker in self._hired:
-            if not worker.abandoned and worker.thread is not None:
+            if worker.place is not GONE and worker.thread is not None:
                 worker.thread.join()
 
     # ---- flat combining ----------------------------------------------------------------------------------------------
 
-    def _pump(self, worker: Worker | None) -> Work | None:
-        """Speak for everybody if the lock is free; return a step for this worker, if there is one."""
-        mine: Work | None = None
-        wants = worker is not None
+    def _pump(self, worker: Worker | None, first: Any, second: Any) -> Work | None:
+        """Say to the core that `first` (an attempt, or a method) has come to `second`, and do what it answers.
+
+        If the lock is taken, whoever has it will see to that.  Returns a step for this worker, if there is one.
+        """
         inbox, lock, run = self._inbox, self._lock, self.run
-        while lock.acquire(False):
-            hires: list[tuple[Worker, Work]] = []
+        if not lock.acquire(False):
+            inbox.append((first, second, worker))
+            if not lock.acquire(False):
+                return None
+            first = None
+        mine: Work | None = None
+        while True:
+            hires: list[tuple[Worker, Work]] | None = None
             try:
                 now = self._now_fn()
+                if type(first) is Attempt:
+                    run.finished(first, second, now)
+                elif first is not None:
+                    first(*second, now)
                 while inbox:
-                    first, second, owner = inbox.popleft()
-                    if type(first) is Attempt:
-                        run.finished(first, second, now)
-                    else:
-                        first(*second, now)
-                    if owner is not worker and owner is not None:
-                        self._rest(owner)
-                wants = wants and worker is not None and self._is_free(worker)
+                    self._take_in(inbox.popleft(), worker, now)
+                taker = worker
+                if worker is not None and (mine is not None or worker.place is not BUSY):
+                    taker = self._freed(worker) if mine is None else None
+                step: Step = ON_EVENT
                 while True:
                     step = run.next(now)
-                    kind = type(step)
-                    if kind is Attempt or kind is Feed:
-                        if wants:
-                            wants = False
-                            mine = step  # type: ignore[assignment]
-                            mine.worker = worker  # type: ignore[union-attr]
+                    if type(step) is Attempt or type(step) is Feed:
+                        if taker is not None:
+                            mine = step
+                            step.worker = taker
+                            taker = None
+                            if not run.active and not run.special:
+                                break
                         elif self._idle:
-                            self._hand_over(step, self._idle.pop())  # type: ignore[arg-type]
+                            self._hand_over(step, self._idle.pop())
                         else:
-                            hires.append((self._hire(step), step))  # type: ignore[arg-type]
-                    elif kind is Cancel:
-                        self._give_up(step, now)  # type: ignore[arg-type]
+                            hires = hires or []
+                            hires.append((self._hire(step), step))
+                    elif type(step) is Cancel:
+                        self._give_up(step, now)
                     else:
                         break
-                if wants and worker is not None:
-                    wants = False
-                    self._rest(worker)
-                self._settle(step, worker is None)
+                if taker is not None:
+                    self._rest(taker)
+                if step is DONE:
+                    self._end()
+                elif run.due_at < self._sleep_until:
+                    self._sleep_until = run.due_at
+                    if worker is not None:
+                        self._alarm.put(None)
+                if self._deliver is not None:
+                    self._hand_out(self._deliver)
             except BaseException as error:  # a fault of ours: end the run rather than let it hang
-                self.fault = error
+                self.fault = self.fault or error
                 self._idle = list(self._hired)
                 self._end()
+                if self._deliver is not None:
+                    self._hand_out(self._deliver)
             finally:
                 lock.release()
-            for hired, work in hires:  # starting a thread waits for it: not under the lock
-                self._start(hired, work)
+            if hires:
+                for hired, work in hires:  # starting a thread waits for it: not under the lock
+                    self._start(hired, work)
             if self._after_pump is not None:
                 self._after_pump()
-            if not inbox:  # looked at again after the release: nothing that was left meanwhile stays behind
-                break
-        return mine
+            # Looked at again after the release: nothing that was left meanwhile stays behind.
+            if not inbox or not lock.acquire(False):
+                return mine
+            first = None
 
-    def _settle(self, step: Step, keeps_time: bool) -> None:
-        """After the last step of a turn: pass on the results, set the alarm, or end it all."""
-        if self._deliver is not None and self.run.completed is not None:
-            while self.run.completed:
-                self._deliver(self.run.completed.popleft())
-        if step is DONE:
-            self._end()
-        elif isinstance(step, Wait) and step.until is not None and step.until < self._sleep_until:
-            self._sleep_until = step.until
-            if not keeps_time:
-                self._alarm.put(None)
+    def _take_in(self, event: tuple[Any, Any, Worker | None], worker: Worker | None, now: float) -> None:
+        """Say to the core what another left in the inbox; its worker then has nothing to do."""
+        first, second, owner = event
+        if type(first) is Attempt:
+            self.run.finished(first, second, now)
+        else:
+            first(*second, now)
+        if owner is not None and owner is not worker:
+            self._rest(owner)
+
+    def _hand_out(self, deliver: Callable[[Attempt | None], object]) -> None:
+        completed = self.run.completed
+        while completed:
+            deliver(completed.popleft())
+        if self.over and not self._told_end:
+            self._told_end = True
+            deliver(None)
 
     def _end(self) -> None:
         for worker in self._idle:
+            worker.place = CALLED
             worker.mailbox.put(None)
         self._idle.clear()
         if not self.over:
             self.over = True
-            if self._deliver is not None:
-                self._deliver(None)
             self._alarm.put(None)
             self._finished.put(None)
 
     def _rest(self, worker: Worker) -> None:
         """Note that a worker has nothing to do."""
-        if not worker.abandoned:
+        if worker.place is not GONE:
             worker.place = IDLE
             self._idle.append(worker)
 
-    def _is_free(self, worker: Worker) -> bool:
-        """Say whether the worker that pumps may take a step; another may have put it to rest or called it before."""
+    def _freed(self, worker: Worker) -> Worker | None:
+        """Return the worker that pumps if it is to take a step, though another has put it to rest before."""
         if worker.place is IDLE:
             self._idle.remove(worker)
             worker.place = BUSY
-        return worker.place is BUSY and not worker.abandoned
+        return worker if worker.place is BUSY else None
 
     def _hand_over(self, work: Work, worker: Worker) -> None:
         work.worker = worker
@@ -220,7 +247,7 @@ class Crew:
             if isinstance(target, Attempt):
                 self.run.revoked(target, now)
             return
-        target.worker.abandoned = True
+        target.worker.place = GONE
         target.worker.mailbox.put(None)
         if isinstance(target, Attempt):
             tell_cancelled(target, step.reason)
@@ -245,43 +272,49 @@ class Crew:
             if isinstance(work, Attempt):
                 self._inbox.append((work, Raised(error), None))
             else:
-                self._inbox.append((self.run.offered, (work, [], True, error), None))
+                self._inbox.append((self.run.offered, (work, True, error), None))
 
     def _work(self, worker: Worker) -> None:
-        mailbox, inbox, unclaimed, context, now_fn = (
+        mailbox, unclaimed, context, now_fn, pump = (
             worker.mailbox,
-            self._inbox,
             self._unclaimed,
             self._context,
             self._now_fn,
+            self._pump,
         )
+        own = context.copy()
+        own.run(set_current_worker, worker, now_fn)
+        base = own.copy()
         work = mailbox.get()
         while work is not None:
+            worker.place = BUSY  # before the claim: whoever finds it claimed may set GONE
             if unclaimed.pop(work, None) is None:  # revoked in the same instant
                 work = mailbox.get()
                 continue
-            worker.place = BUSY
             if type(work) is Attempt:
                 work.started_at = now_fn()  # not when it was handed over
             while work is not None:
                 if type(work) is Attempt:
+                    worker.work = work
                     try:
-                        outcome = context.copy().run(call, work, now_fn)
+                        outcome = own.run(work.lane.call, work.payload)
+                        if type(outcome) not in PLAIN_VALUES:
+                            check_value(outcome)
                     except BaseException as error:
                         outcome = raised(work, error)
-                    inbox.append((work, outcome, worker))
+                    if own != base:  # the task changed a context variable: that is nobody else's
+                        own = base.copy()
+                    work = pump(worker, work, outcome)
                     outcome = None  # an idle worker keeps no result alive
-                elif isinstance(work, Feed):
-                    inbox.append((self.run.offered, (work, *context.copy().run(pull, work)), worker))
-                work = self._pump(worker)
+                elif type(work) is Feed:
+                    work = pump(worker, self.run.offered, (work, *base.copy().run(pull, work, now_fn)))
             work = mailbox.get()
 
     def _keep_time(self) -> None:
         while not self.over:
             # First forget the alarm, then leave word: whoever has the lock, or gets it, looks again and sets it anew.
             self._sleep_until = math.inf
-            self._inbox.append((_look_again, (), None))
-            self._pump(None)
+            self._pump(None, _look_again, ())
             delay = self._sleep_until - self._now_fn()
             try:
                 self._alarm.get(timeout=None if delay == math.inf else min(max(0.0, delay), TIMEOUT_MAX))
