@@ -98,21 +98,22 @@ class RateLimiter:
         self._check(amount)
         optional(require_at_least, "timeout", timeout, 0.0)
         now = self._now_fn()
+        if not self._line and self._limits.try_take(amount, now) <= now:
+            return True
         latest = math.inf if timeout is None else now + timeout
         waiter = _Waiter(amount)
-        with self._lock:
-            if not self._line and self._limits.try_take(amount, now) <= now:
-                return True
-            if self._limits.foresee([*(other.amount for other in self._line), amount], now) > latest:
-                return False
-            self._line.append(waiter)
         try:
+            with self._lock:
+                if self._limits.foresee([*(other.amount for other in self._line), amount], now) > latest:
+                    return False
+                self._line.append(waiter)
             return self._wait(waiter, latest)
         finally:
-            with self._lock:
-                self._line.remove(waiter)
-                if self._line:
-                    self._line[0].wake()
+            try:
+                self._leave(waiter)
+            except BaseException:  # a signal handler raised in the middle of it
+                self._leave(waiter)
+                raise
 
     def try_acquire(self, amount: Amount = 1) -> bool:
         """Take `amount` if it is there now; never waits, and never goes before one who does."""
@@ -134,6 +135,13 @@ class RateLimiter:
         require_amount("amount", amount)
         check_units(amount, self._limits.units)
         self._limits.check(amount)
+
+    def _leave(self, waiter: _Waiter) -> None:
+        with self._lock:
+            if waiter in self._line:
+                self._line.remove(waiter)
+            if self._line:
+                self._line[0].wake()
 
     def _wait(self, waiter: _Waiter, latest: float) -> bool:
         """Wait in line until the permits are taken; give up when that is no longer possible in time."""

@@ -55,10 +55,10 @@ class RunManifest:
             ValueError, TypeError: It is not what the suffix says, or a key or value is not allowed; with the path.
         """
         name = str(path)
-        with open(name, encoding="utf-8") as file:
-            text = file.read()
+        with open(name, "rb") as file:
+            content = file.read()
         try:
-            return cls.from_mapping(_parse(name, text))
+            return cls.from_mapping(_parse(name, content.decode("utf-8")))
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from error
         except ValueError as error:

@@ -24,11 +24,11 @@ from qengine import (
     TaskResult,
     TaskScheduler,
     TaskStatus,
-    current_attempt,
 )
 
 HANG = float("inf")
 Script = Callable[[Any], Any]
+PLAIN = ExecutionPolicy()
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ThreadsWorld:
         self,
         script: Script,
         inputs: Iterable[Any],
-        policy: ExecutionPolicy = ExecutionPolicy(),
+        policy: ExecutionPolicy = PLAIN,
         cancel: CancellationToken | None = None,
         **options: Any,
     ) -> Ran:
@@ -97,7 +97,7 @@ class ThreadsWorld:
         self,
         script: Script,
         inputs: Iterable[Any],
-        policy: ExecutionPolicy = ExecutionPolicy(),
+        policy: ExecutionPolicy = PLAIN,
         cancel: CancellationToken | None = None,
         *,
         ordered: bool = False,
@@ -138,14 +138,6 @@ class ThreadsWorld:
                     time.sleep(seconds)
 
         return task
-
-
-def steps_until_cancelled(payload: Any) -> Any:
-    """A script that works until its attempt is given up, and says so."""
-    token = current_attempt().cancel
-    while not token.cancelled:
-        yield 0.005
-    return token.reason
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class Run:
         self._pulls: set[Feed] = set()
         self._index = 0
         self._keys: set[Any] = set()
+        self._spare: list[Attempt] = []  # attempts to be used again: all their tasks had in common is kept
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
         self._held = False
@@ -155,34 +156,86 @@ class Run:
             self._late(attempt, now)
             return False
         lane.running -= 1
+        attempt.duration = now - attempt.started_at
+        lane.busy_seconds += attempt.duration
+        lane.last_answer = now
+        if lane.first_answer is None:
+            lane.first_answer = now
+        self._activate(lane)
+        if self._emit is not None:
+            self._tell("answer", now, attempt, _outcome_word(outcome))
+        if type(outcome) is Raised:
+            self._raised(attempt, outcome, now)
+            return True
+        if lane.gate.active:
+            lane.gate.ended(attempt, attempt.amount, now, True)
+        attempt.outcome = outcome
+        self._end(attempt, SUCCEEDED, now)
+        return True
+
+    def turn(self, attempt: Attempt, outcome: Any, now: float) -> Step:
+        """Do what `finished` and then `next` would, in one call.
+
+        What most turns are is written out here: a bare payload has succeeded at once, nobody watches, nothing else is
+        due, and the lane goes on with another.  The rules are those of the methods that it stands for.
+        """
+        lane = attempt.lane
+        running = self._running
+        if (
+            self._watched
+            or lane.accounts
+            or type(outcome) is Raised
+            or attempt.task is not None
+            or attempt.number > 1
+            or attempt.trail is not None
+            or attempt not in running
+        ):
+            self.finished(attempt, outcome, now)
+            return self.next(now)
         duration = now - attempt.started_at
         lane.busy_seconds += duration
         lane.last_answer = now
         if lane.first_answer is None:
             lane.first_answer = now
-        if not lane.active:
-            lane.active = True
-            self.active.append(lane)
-        if (
-            self._watched
-            or type(outcome) is Raised
-            or attempt.task is not None
-            or attempt.number > 1
-            or lane.batch_size is not None
-        ):
-            attempt.duration = duration
-            self._answered(attempt, outcome, now)
-            return True
-        # The same, as far as it concerns a bare payload that succeeded at once.
-        if lane.gate.active:
-            lane.gate.ended(attempt, 1, now, True)
+        gate = lane.gate
+        if gate.active:
+            gate.ended(attempt, 1, now, True)
         if self.records is not None:
             self.records[attempt.index] = (attempt.payload, outcome, lane.order, attempt.started_at, duration)
         lane.success_count += 1
         lane.delivered += 1
         if lane.delivered >= lane.resume_at:
             self._resume(lane)
-        return True
+        running.remove(attempt)
+        if self._data is not None:
+            self._spare.append(attempt)
+        fifo, budget, breaker = lane.fifo, lane.budget, gate.breaker
+        if (
+            self.special
+            or now >= self.due_at
+            or lane.heap
+            or not fifo
+            or fifo[0].task is not None
+            or lane.abandoned
+            or (budget is not None and budget < 1)
+            or (breaker is not None and breaker.state is not CLOSED)
+            or (gate.active and gate.admit(fifo[0], 1, now) > now)
+        ):
+            lane.running -= 1
+            self._activate(lane)
+            return self.next(now)
+        other = fifo.popleft()
+        if budget is not None:
+            lane.budget = budget - 1
+        other.number = 1
+        other.started_at = now
+        other.timeout = timeout = lane.timeout
+        if now + timeout < self._scan_at:
+            self._scan_at = now + timeout
+            self.due_at = min(self.due_at, self._scan_at)
+        running.add(other)
+        lane.calls += 1
+        return other
 
     def offered(
         self,
@@ -205,8 +258,6 @@ class Run:
             self._feed_failed(feed, error, now)
         if feed.lane is not None:
             self._activate(feed.lane)
-        if self.stop_reason is not None:
-            self._cancel_waiting(now)
 
     def submitted(self, attempt: Attempt, now: float) -> None:
         """Take one task that comes from outside, not from the feed."""
@@ -266,6 +317,8 @@ class Run:
             return None
         if feed.pulling:
             self._collect(feed, now)
+            if self.stop_reason is not None:  # a bad item was the last straw
+                return self._idle()
             # A quick feed fills the queues first: whoever pulls will be back at once, and nobody need be woken.
             if not feed.slow and now < feed.hold_until:
                 self._held = True
@@ -290,7 +343,7 @@ class Run:
         """Take inputs that are plain data, up to the lane's capacity."""
         data = self._data
         assert data is not None
-        fifo, records, index = lane.fifo, self.records, self._index
+        fifo, records, index, spare = lane.fifo, self.records, self._index, self._spare
         for _ in range(lane.room):
             item = next(data, _END)
             if item is _END:
@@ -300,7 +353,11 @@ class Run:
                 self._index = index
                 self._take(Attempt(item.payload, item, lane), None, now)
             else:
-                attempt = Attempt(item, None, lane)
+                if spare:
+                    attempt = spare.pop()
+                    attempt.payload, attempt.number, attempt.view = item, 0, None
+                else:
+                    attempt = Attempt(item, None, lane)
                 attempt.index = index
                 lane.taken += 1
                 fifo.append(attempt)
@@ -393,6 +450,8 @@ class Run:
                 level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
                 item.rank = (0, level, path, 0, self._index)
                 self._take(item, None, now)
+        if self.stop_reason is not None:
+            self._cancel_waiting(now)
 
     def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
         """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
@@ -533,17 +592,6 @@ class Run:
             heappop(lane.heap)
 
     # ---- outcomes ----------------------------------------------------------------------------------------------------
-
-    def _answered(self, attempt: Attempt, outcome: Any, now: float) -> None:
-        if self._emit is not None:
-            self._tell("answer", now, attempt, _outcome_word(outcome))
-        if type(outcome) is Raised:
-            self._raised(attempt, outcome, now)
-            return
-        if attempt.lane.gate.active:
-            attempt.lane.gate.ended(attempt, attempt.amount, now, True)
-        attempt.outcome = outcome
-        self._end(attempt, SUCCEEDED, now)
 
     def _raised(self, attempt: Attempt, raised: Raised, now: float) -> None:
         error = raised.error
@@ -716,7 +764,7 @@ class Run:
             elif timer is Timer.GIVE_UP:
                 self._give_up(what, now)
             else:
-                self._drop_pulls()
+                self._drop_pulls(now)
         self.due_at = min(self._scan_at, timers.next_at)
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
@@ -815,8 +863,9 @@ class Run:
             self._abandon(attempt, now, str(self.stop_reason), None)
             self._cancel_one(attempt, now)
 
-    def _drop_pulls(self) -> None:
+    def _drop_pulls(self, now: float) -> None:
         for feed in self._pulls:
+            self._collect(feed, now)
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
         self.special = True

@@ -23,8 +23,8 @@ from threading import TIMEOUT_MAX, Lock, Thread
 from typing import Any
 
 from ..core.lane import Attempt, Feed
-from ..core.run import ON_EVENT, Run
-from ..core.steps import DONE, Cancel, Raised, Step
+from ..core.run import Run
+from ..core.steps import DONE, Cancel, Raised
 from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker, tell_cancelled
 
 Work = Attempt | Feed
@@ -116,8 +116,10 @@ class Crew:
         """Wait for the threads to end, except for those that hang."""
         self._timekeeper.join()
         for worker in self._hired:
-            if worker.place is not GONE and worker.thread is not None:
-                worker.thread.join()
+            thread = worker.thread
+            # One that is only just being started, for work that was cancelled, finds nothing to do and ends.
+            if worker.place is not GONE and thread is not None and thread.ident is not None:
+                thread.join()
 
     # ---- flat combining ----------------------------------------------------------------------------------------------
 
@@ -137,18 +139,18 @@ class Crew:
             hires: list[tuple[Worker, Work]] | None = None
             try:
                 now = self._now_fn()
-                if type(first) is Attempt:
-                    run.finished(first, second, now)
-                elif first is not None:
-                    first(*second, now)
-                while inbox:
-                    self._take_in(inbox.popleft(), worker, now)
+                if type(first) is Attempt and not inbox:
+                    step = run.turn(first, second, now)
+                else:
+                    if first is not None:
+                        self._take_in((first, second, worker), worker, now)
+                    while inbox:
+                        self._take_in(inbox.popleft(), worker, now)
+                    step = run.next(now)
                 taker = worker
                 if worker is not None and (mine is not None or worker.place is not BUSY):
                     taker = self._freed(worker) if mine is None else None
-                step: Step = ON_EVENT
                 while True:
-                    step = run.next(now)
                     if type(step) is Attempt or type(step) is Feed:
                         if taker is not None:
                             mine = step
@@ -165,6 +167,7 @@ class Crew:
                         self._give_up(step, now)
                     else:
                         break
+                    step = run.next(now)
                 if taker is not None:
                     self._rest(taker)
                 if step is DONE:

@@ -61,21 +61,25 @@ class Trial:
     def __init__(
         self, *lanes: Lane, inputs: Iterable[Any] | None = None, data: Iterable[Any] | None = None,
         lane_of: Callable[[Any], Lane] | None = None, tree: Tree | None = None, now: float = 0.0, stream: bool = False,
-        width: int | None = None, **conditions: Any,
+        width: int | None = None, quiet: bool = False, **conditions: Any,
     ) -> None:
         find = lane_of or (lambda item: lanes[0])
         self.feed = None if inputs is None else Feed(
             FeedKind.INPUTS, lambda: inputs, lambda item: make_attempt(item, find(item)), label="inputs",
             lane=None if lane_of else lanes[0], handful=handful_of(lanes[0].capacity - lanes[0].concurrency),
         )
-        self.records: list[Attempt] = []
+        self.quiet = quiet
+        self.records: list[Any] = []
         self.events: list[Event] = []
+        self.woken: list[Lane] = []
         self.completed: deque[Attempt] | None = deque() if stream else None
         self.run = Run(
             [] if lane_of else lanes, now, feed=self.feed, data=None if data is None else iter(data), tree=tree,
             stop=StopConditions(**conditions), width=width, rng=random.Random(7),
-            records=self.records, completed=self.completed, emit=self.events.append,
+            records=self.records, completed=self.completed,
+            emit=None if quiet else self.events.append,
         )
+        self.run.on_wake = self.woken.append
 
     def steps(self, now: float) -> list[Step]:
         """Every step until the run waits or is over; pulls are obeyed, since they take no time here."""
@@ -148,48 +152,49 @@ class Never(Exception):
 def drive(trials: Trial | Sequence[Trial], behave: Behave, now: float = 0.0, until: float = math.inf) -> float:
     """Obey runs in virtual time to their end, or until that instant; return the instant.
 
-    `behave(attempt, now)` gives the seconds until the answer (infinity: it never comes) and the outcome.
+    `behave(attempt, now)` gives the seconds until the answer (infinity: it never comes) and the outcome.  Answers come
+    one at a time; a quiet trial is told by `turn`, the others by `finished` and `next`.
     """
     trials = [trials] if isinstance(trials, Trial) else trials
-    over: set[int] = set()
     answers: list[tuple[float, int, Trial, Attempt, Any]] = []
-    woken: list[tuple[Run, Lane]] = []
-    for trial in trials:
-        trial.run.on_wake = lambda lane, run=trial.run: woken.append((run, lane))
     count = 0
-    while now < until:
-        soonest = math.inf
-        for position, trial in enumerate(trials):
-            if position in over:
-                continue
-            while not isinstance(step := trial.run.next(now), Wait) and step is not DONE:
-                if isinstance(step, Attempt):
-                    latency, outcome = behave(step, now)
-                    count += 1
-                    heappush(answers, (now + latency, count, trial, step, outcome))
-                elif isinstance(step, Feed):
-                    trial.obey_pull(step, now)
-                else:
-                    assert isinstance(step, Cancel)
-            if isinstance(step, Wait):
-                assert step.until is None or step.until > now, f"Wait({step.until}) at {now}: that is no wait"
-                soonest = soonest if step.until is None else min(soonest, step.until)
+
+    def obey(trial: Trial, step: Step) -> Wait | None:
+        """Obey a step and all that follow it; return the wait, or None when the run is over."""
+        nonlocal count
+        while not isinstance(step, Wait) and step is not DONE:
+            if isinstance(step, Attempt):
+                latency, outcome = behave(step, now)
+                count += 1
+                heappush(answers, (now + latency, count, trial, step, outcome))
+            elif isinstance(step, Feed):
+                trial.obey_pull(step, now)
             else:
-                over.add(position)
-        if woken:
-            for run, lane in woken:
-                run.wake(lane, now)
-            woken.clear()
+                assert isinstance(step, Cancel)
+            step = trial.run.next(now)
+        return step if isinstance(step, Wait) else None
+
+    while now < until:
+        waits = [obey(trial, trial.run.next(now)) for trial in trials]
+        if any(trial.woken for trial in trials):
+            for trial in trials:
+                while trial.woken:
+                    trial.run.wake(trial.woken.pop(0), now)
             continue
-        if len(over) == len(trials):
+        if not any(waits):
             return now
-        soonest = min(soonest, answers[0][0] if answers else math.inf)
+        instants = [wait.until for wait in waits if wait is not None and wait.until is not None]
+        assert all(instant > now for instant in instants), f"a wait until {instants} at {now} is none"
+        soonest = min([*instants, *(entry[0] for entry in answers[:1])], default=math.inf)
         if soonest == math.inf:
             raise Never(f"nothing will happen after {now}")
         now = soonest
-        while answers and answers[0][0] <= now:
+        if answers and answers[0][0] <= now:
             _, _, trial, attempt, outcome = heappop(answers)
-            trial.run.finished(attempt, outcome, now)
+            if trial.quiet:
+                obey(trial, trial.run.turn(attempt, outcome, now))
+            else:
+                trial.run.finished(attempt, outcome, now)
     return now
 
 
@@ -207,9 +212,13 @@ class Garden:
         return self._children.get(node, ())
 
 
-def make_tree(plan: Any, lanes: Sequence[Lane], roots: Iterable[Hashable]) -> Tree:
-    """The hierarchy of a plan, as the executor makes it."""
-    feeds = _Feeds(plan, [Source(lane.name, lane.call) for lane in lanes], lanes)
+def make_tree(
+    plan: Any, lanes: Sequence[Lane], roots: Iterable[Hashable], accepts: Sequence[Any] | None = None
+) -> Tree:
+    """The hierarchy of a plan, as the executor makes it; `accepts` says of each lane which queries it takes."""
+    accepts = [None] * len(lanes) if accepts is None else accepts
+    sources = [Source(lane.name, lane.call, accepts=fn) for lane, fn in zip(lanes, accepts, strict=True)]
+    feeds = _Feeds(plan, sources, lanes)
     return Tree(
         Feed(FeedKind.NODES, lambda: roots, feeds.node_of((), lanes[0]), label="roots"), feeds.queries, feeds.children,
         feeds.following if hasattr(plan, "following") else None,

@@ -28,5 +28,5 @@ def test_the_random_source_given_is_the_one_used() -> None:
 
 
 def test_no_number_of_attempts_is_too_many() -> None:
-    policy = RetryPolicy(10**6, backoff=1, multiplier=10, max_backoff=60, jitter="none")
+    policy = RetryPolicy(10**6, backoff=1, multiplier=10.0, max_backoff=60, jitter="none")
     assert backoff_delay(policy, 10**5, random.Random(0)) == 60

@@ -83,6 +83,15 @@ def test_a_probe_that_succeeds_closes_it_for_good() -> None:
     assert not breaker.failed("x", 31.0), "the failures from before are forgotten"
 
 
+def test_once_closed_the_first_pause_is_the_short_one_again() -> None:
+    breaker = opened(BreakerPolicy(failures=1, reset_after=10))
+    breaker.failed(probe(breaker, 10.0), 10.0)
+    assert breaker.ready_at(10.0) == 30.0
+    breaker.succeeded(probe(breaker, 30.0))
+    breaker.failed("x", 40.0)
+    assert breaker.ready_at(40.0) == 50.0
+
+
 def test_as_many_probes_must_succeed_as_the_policy_says() -> None:
     breaker = opened(BreakerPolicy(failures=1, reset_after=30, successes=2))
     breaker.succeeded(probe(breaker, 30.0))

@@ -100,30 +100,26 @@ def test_an_outcome_without_a_verdict_frees_the_probe_but_counts_for_nothing() -
     assert gate.admit("c", 1, 11.0) <= 11.0
 
 
-def test_hung_calls_open_a_breaker_even_where_none_was_asked_for() -> None:
-    gate = make_gate()
-    assert gate.trip(0.0)
-    assert gate.active
+def test_hung_calls_open_the_breaker_whatever_its_policy_counts() -> None:
+    gate = make_gate(breaker=BreakerPolicy(failures=1000))
+    assert gate.keep_shut(0.0)
     assert gate.admit("a", 1, 1.0) == 30.0
-    assert not gate.trip(1.0), "it was open already"
+    assert not gate.keep_shut(1.0), "it was open already"
     assert gate.admit("a", 1, 30.0) <= 30.0
 
 
-def test_such_a_breaker_is_opened_by_hung_calls_alone() -> None:
-    gate = make_gate()
-    gate.trip(0.0)
-    gate.admit("a", 1, 30.0)
-    gate.ended("a", 1, 30.0, True)
-    for number in range(1000):
-        assert not gate.ended(number, 1, 31.0, False)
+def test_without_a_breaker_there_is_none_to_open() -> None:
+    gate = make_gate(Window(1, 10))
+    assert not gate.keep_shut(0.0)
+    assert gate.admit("a", 1, 0.0) == 0.0
 
 
 def test_a_probe_that_cannot_be_made_counts_as_failed_only_when_it_is_due() -> None:
     gate = make_gate(breaker=BreakerPolicy(failures=1, reset_after=10, max_reopens=1))
-    gate.trip(0.0)
-    gate.refuse_probe(5.0)
+    gate.keep_shut(0.0)
+    gate.keep_shut(5.0)
     assert not gate.skips(5.0)
-    gate.refuse_probe(10.0)
+    gate.keep_shut(10.0)
     assert gate.skips(10.0)
     assert gate.admit("a", 1, 10.0) == 30.0, "twice as long"
 

@@ -72,11 +72,13 @@ def test_a_unit_that_nothing_counts_is_refused_by_name() -> None:
 def test_an_amount_that_could_never_be_had_is_refused(limit: RateLimit | Window, amount: Any) -> None:
     with pytest.raises(ValueError, match=r"amount is .* allowed is at most"):
         make_limits(limit).check(amount)
+    assert not make_limits(limit).fits(amount)
 
 
 def test_the_whole_burst_may_be_had_at_once() -> None:
     limits = make_limits(RateLimit(per_second=1, burst=2))
     limits.check(2)
+    assert limits.fits(2)
     assert limits.try_take(2, 0.0) == 0.0
 
 
