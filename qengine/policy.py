@@ -26,6 +26,8 @@ from .errors import (
 
 Retryable = tuple[type[BaseException], ...] | Callable[[BaseException], "bool | float"]
 
+_LONGEST_REFILL = 1e18  # seconds; beyond it the arithmetic of instants means nothing
+
 _SECONDS = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0, "per_day": 86400.0}
 
 
@@ -55,6 +57,8 @@ class RateLimit:
             refuse("RateLimit", " and ".join(given) or "no rate", f"exactly one of {', '.join(_SECONDS)}")
         require_positive(given[0], getattr(self, given[0]), finite=False)
         require_at_least("burst", self.burst, 1)
+        if self.rate < self.burst / _LONGEST_REFILL:
+            refuse(given[0], getattr(self, given[0]), "a rate at which the burst refills within 1e18 seconds")
         require_kind("unit", self.unit, str)
 
     @property

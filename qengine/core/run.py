@@ -219,6 +219,7 @@ class Run:
             or lane.abandoned
             or (budget is not None and budget < 1)
             or (breaker is not None and breaker.state is not CLOSED)
+            or (self._cap < INF and self.active)  # other lanes may be waiting for the place
             or (gate.active and gate.admit(fifo[0], 1, now) > now)
         ):
             lane.running -= 1
@@ -864,7 +865,7 @@ class Run:
             self._cancel_one(attempt, now)
 
     def _drop_pulls(self, now: float) -> None:
-        for feed in self._pulls:
+        for feed in sorted(self._pulls, key=lambda feed: feed.pulled_at):
             self._collect(feed, now)
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()

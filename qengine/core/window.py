@@ -35,6 +35,8 @@ class RollingWindow:
 
         The instant is `now` if it may be taken now, infinity if that hangs on an outcome.
         """
+        if amount == 0:
+            return now, slots
         live = tuple(slot for slot in slots if slot[0] > now)
         ready_at = self._ready_at(live, amount, now)
         return ready_at, self._insert(live, math.inf if held else now + self.seconds, amount)
@@ -51,6 +53,8 @@ class RollingWindow:
 
     def settle(self, slots: Slots, amount: float, now: float) -> Slots:
         """Return the state after the outcome of a call whose slot was held."""
+        if amount == 0:
+            return slots
         return self._insert(self.undo(slots, amount), now + self.seconds, amount)
 
     def undo(self, slots: Slots, amount: float) -> Slots:
