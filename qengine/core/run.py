@@ -317,8 +317,7 @@ class Run:
             self.special = False
             return None
         if feed.pulling:
-            self._collect(feed, now)
-            if self.stop_reason is not None:  # a bad item was the last straw
+            if self._collect(feed, now):  # a bad item was the last straw
                 return self._idle()
             # A quick feed fills the queues first: whoever pulls will be back at once, and nobody need be woken.
             if not feed.slow and now < feed.hold_until:
@@ -436,8 +435,8 @@ class Run:
             self._feed.blocked -= 1
             self._feed.hold_until = -INF
 
-    def _collect(self, feed: Feed, now: float) -> None:
-        """Take what a feed has brought so far."""
+    def _collect(self, feed: Feed, now: float) -> bool:
+        """Take what a feed has brought so far; return whether the run has stopped."""
         while feed.arrived:
             item = feed.arrived.popleft()
             if feed.kind is not FeedKind.NODES:
@@ -453,6 +452,7 @@ class Run:
                 self._take(item, None, now)
         if self.stop_reason is not None:
             self._cancel_waiting(now)
+        return self.stop_reason is not None
 
     def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
         """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
