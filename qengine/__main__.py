@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from contextlib import suppress
+from types import FrameType
 
 
 def main() -> int:
-    """Run the command line; return the exit code."""
-    from .news.cli import main as run
+    """Run the command line; return the exit code, also after a signal while it starts or ends."""
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        from .news.cli import main as run
 
-    return run()
+        code = run()
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as exit:  # from below
+        code = int(exit.code or 0)
+    if threading.active_count() > 1:  # calls that hang: in C, where the interpreter's end would pull the rug from them
+        _leave(code)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(143)
+
+
+def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def require_kind(name: str, value: object, kind: type[T]) -> T:
     """Refuse what is not an instance of `kind`."""
     if not isinstance(value, kind):
-        refuse_type(name, value, f"a {kind.__name__}")
+        article = "an" if kind.__name__[0] in "AEIOUaeiou" else "a"
+        refuse_type(name, value, f"{article} {kind.__name__}")
     return value
 
 

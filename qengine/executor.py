@@ -14,7 +14,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -29,6 +29,7 @@ from .core.tree import Tree
 from .drivers.calls import is_plain_data, run_in, task_of
 from .drivers.threads import Crew
 from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_callable, require_kind
+from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
 from .policy import BreakerPolicy, ExecutionPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
@@ -63,18 +64,27 @@ def refuse_async(name: str, fn: object) -> None:
 
 def check_inputs(name: str, inputs: object) -> None:
     """Refuse inputs that cannot be iterated, or that are used up."""
-    if not isinstance(inputs, Iterable):
-        refuse_type(name, inputs, "an iterable")
+    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Iterable):
+        refuse_type(name, inputs, "an iterable that is not a string: put a single one into a list")
     if inspect.isgenerator(inputs) and inspect.getgeneratorstate(inputs) == inspect.GEN_CLOSED:
         refuse(name, inputs, "a generator that has not been used up: a generator can be run through only once")
 
 
-def make_gate(limits: Sequence[Limit], breaker: BreakerPolicy | None) -> Gate:
-    """Return the gate of some limits: those declared get a state of its own, live ones keep theirs."""
-    declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
-    limit_sets = [LimitSet(declared, Clock.now(), Lock())] if declared else []
-    limit_sets += [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
-    return Gate(limit_sets, breaker, Lock())
+class ThreadsGate(Gate):
+    """A gate for threads: limits that are declared get a state of its own, live ones keep theirs."""
+
+    def __init__(self, limits: Sequence[Limit], breaker: BreakerPolicy | None) -> None:
+        declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
+        self._own = [LimitSet(declared, Clock.now(), Lock())] if declared else []
+        live = [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
+        super().__init__([*self._own, *live], breaker, Lock())
+        restart_after_fork(self)
+
+    def start_afresh(self) -> None:
+        """Take new locks, and be as new."""
+        for limits in self._own:
+            limits.renew(Clock.now(), Lock())
+        self.renew(Lock())
 
 
 def timeout_verdict(retry: RetryPolicy) -> bool | float:
@@ -100,11 +110,17 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
         error=outcome.error if raised else None,
         reason=attempt.reason,
         attempts=calls,
-        usage={"calls": float(calls)},
+        usage=_usage(task, calls),
         source=attempt.lane.name,
         started_at=attempt.started_at + wall_offset if started else None,
         duration=attempt.duration if started else 0.0,
     )
+
+
+def _usage(task: Task[Any], calls: int) -> dict[str, float]:
+    """Return what so many calls of a task used, by unit."""
+    declared = task.amount if isinstance(task.amount, Mapping) else {}
+    return {**{unit: amount * calls for unit, amount in declared.items()}, "calls": float(calls)}
 
 
 class Session:
@@ -361,7 +377,7 @@ class Face:
     def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         raise NotImplementedError
 
-    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Any], Any]) -> Any:
+    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Any], Any] | None = None) -> Any:
         records: list[Record] = []
         session = self._session(inputs, cancel, records=records)
         results = session.results(records)
@@ -374,7 +390,7 @@ class Face:
             self.last_report = session.report(results)
             attach_report(error, self.last_report)
             raise
-        if session.tree is not None:
+        if order is not None:
             records.sort(key=order)
         report = self.last_report = session.report(results)
         session.raise_if_ended_by_error(report)
@@ -393,15 +409,9 @@ _ONE_LANE = "default"
 class _LaneBook:
     """The lanes of one run, made when their key first comes up."""
 
-    def __init__(
-        self,
-        owner: _FunctionFace[Any, Any],
-        call: Callable[[Any], Any],
-        budgets: Mapping[Any, float | None],
-    ) -> None:
+    def __init__(self, owner: _FunctionFace[Any, Any], call: Callable[[Any], Any]) -> None:
         self._owner = owner
         self._call = call
-        self._budgets = budgets
         self.lanes: dict[Any, Lane] = {}
         self._names: set[str] = set()
 
@@ -409,9 +419,7 @@ class _LaneBook:
         """Return the lane of a key."""
         lane = self.lanes.get(key)
         if lane is None:
-            budget = self._budgets.get(key, self._owner.policy.budget)
-            made = self._owner._make_lane(key, self._name(key), self._call, budget)
-            lane = self.lanes.setdefault(key, made)
+            lane = self.lanes.setdefault(key, self._owner._make_lane(key, self._name(key), self._call))
         return lane
 
     def _name(self, key: Any) -> str:
@@ -421,10 +429,6 @@ class _LaneBook:
             name = f"{key!r} ({type(key).__name__})"
         self._names.add(name)
         return name
-
-    def budgets(self) -> dict[Any, float | None]:
-        """Return what each lane has left."""
-        return {key: lane.budget for key, lane in self.lanes.items()}
 
 
 class _FunctionFace(Face, Generic[P, V]):
@@ -453,7 +457,7 @@ class _FunctionFace(Face, Generic[P, V]):
         self._gates: dict[Any, Gate] = {}
         self._calls: _Calls | None = None
         self._calls_lock = Lock()
-        self._call_budgets: dict[Any, float | None] = {}
+        self._calls_book = _LaneBook(self, self._call_in_context)
 
     def run(
         self, inputs: Iterable[P | Task[P]], cancel: CancellationToken | None = None
@@ -468,7 +472,7 @@ class _FunctionFace(Face, Generic[P, V]):
             What the inputs' iterator raised, once all that was taken is done; what interrupts the caller, within
             0.1 s.  Both with the report as their `report` attribute.
         """
-        report: RunReport[P, V] = self._run(inputs, cancel, lambda attempt: attempt.index)
+        report: RunReport[P, V] = self._run(inputs, cancel)
         return report
 
     def stream(
@@ -484,30 +488,40 @@ class _FunctionFace(Face, Generic[P, V]):
         """Call the function for one payload, under the same limits, and return its value.
 
         From many threads at once: all calls of one executor share its concurrency and one budget.  Stop conditions
-        are those of a run and do not apply.
+        and keys are those of a run and do not apply.  Costs a millisecond or two where no other call is under way,
+        for the threads of a call end with the last of them.
 
         Raises:
             The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
         """
         task = payload if isinstance(payload, Task) else Task(payload)
+        if task.key is not None:
+            task = replace(task, key=None)
+        lane = self._calls_book.lane(_ONE_LANE if self._lane_by is None else self._lane_by(task.payload))
         with self._calls_lock:
             if self._calls is None:
-                self._calls = _Calls(self)
+                self._calls = _Calls(self._calls_book, self._on_event)
             calls = self._calls
             calls.pending += 1
         try:
-            return calls.call(task)  # type: ignore[no-any-return]
+            return calls.call(task, lane)  # type: ignore[no-any-return]
         finally:
-            with self._calls_lock:  # held until all is over: the next call takes up the budgets that are left
+            with self._calls_lock:  # held until all is over: the next run of calls takes up the same lanes
                 calls.pending -= 1
                 if calls.pending == 0:
                     self._calls = None
-                    self._call_budgets = calls.close()
+                    calls.close()
+
+    def _call_in_context(self, call: _Call) -> Any:
+        try:
+            return run_in(call.context.copy(), self._fn, call.payload)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise _Exit from error
 
     def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         check_inputs("inputs", inputs)
         optional(require_kind, "cancel", cancel, CancellationToken)
-        book = _LaneBook(self, self._fn, {})
+        book = _LaneBook(self, self._fn)
         lane = None if self._lane_by is not None else book.lane(_ONE_LANE)
         feed = Feed(
             FeedKind.INPUTS,
@@ -548,11 +562,11 @@ class _FunctionFace(Face, Generic[P, V]):
 
         return prepare
 
-    def _make_lane(self, key: Any, name: str, call: Callable[[Any], Any], budget: float | None) -> Lane:
+    def _make_lane(self, key: Any, name: str, call: Callable[[Any], Any]) -> Lane:
         policy = self.policy
         gate = self._gates.get(key)
         if gate is None:
-            gate = self._gates.setdefault(key, make_gate(policy.limits, policy.breaker))
+            gate = self._gates.setdefault(key, ThreadsGate(policy.limits, policy.breaker))
         return Lane(
             name,
             gate,
@@ -562,67 +576,72 @@ class _FunctionFace(Face, Generic[P, V]):
             retry=policy.retry,
             retries_timeouts=self._retries_timeouts,
             timeout=policy.timeout,
-            budget=budget,
+            budget=policy.budget,
             batch_size=policy.batch_size,
             batch_backoff=policy.batch_backoff,
             max_abandoned=policy.max_abandoned,
         )
 
 
+class _Call:
+    """What a caller of `call` waits for, and where it comes from."""
+
+    __slots__ = ("context", "payload", "reply")
+
+    def __init__(self, payload: Any) -> None:
+        self.payload = payload
+        self.context = copy_context()  # of this caller, not of the one who came first
+        self.reply: SimpleQueue[Attempt | None] = SimpleQueue()
+
+
+class _Exit(Exception):
+    """Carries the SystemExit of one call to its caller: it is not to end the calls of others."""
+
+
 class _Calls:
     """The run behind `call`: open as long as somebody waits for an answer."""
 
-    def __init__(self, owner: _FunctionFace[Any, Any]) -> None:
+    def __init__(self, book: _LaneBook, on_event: Callable[[Event], object] | None) -> None:
         self.pending = 0
-        self._fn = owner._fn
-        self._book = _LaneBook(owner, self._call_in_context, owner._call_budgets)
-        self._prepare = owner._preparer(self._book)
-        self._replies: dict[int, SimpleQueue[Attempt | None]] = {}
-        self._feed = Feed(FeedKind.INPUTS, tuple, self._prepare, label="calls")
+        for lane in book.lanes.values():
+            lane.renew()
+        self._waiting: set[_Call] = set()
+        self._feed = Feed(FeedKind.INPUTS, tuple, lambda item: item, label="calls")
         self._feed.pulling = self._feed.slow = True  # nothing is to be pulled: tasks are submitted
-        self._session = Session(
-            [], stop=StopConditions(), feed=self._feed, deliver=self._deliver, on_event=owner._on_event
-        )
+        self._session = Session([], stop=StopConditions(), feed=self._feed, deliver=self._deliver, on_event=on_event)
         self._session.start()
 
-    def call(self, task: Task[Any]) -> Any:
+    def call(self, task: Task[Any], lane: Lane) -> Any:
         """Submit a task and wait for its value."""
-        attempt = self._prepare(task)
-        assert attempt.task is not None
-        attempt.payload = (copy_context(), attempt.payload)
-        reply: SimpleQueue[Attempt | None] = SimpleQueue()
-        self._replies[id(attempt.task)] = reply
+        call = _Call(task.payload)
+        self._waiting.add(call)
         crew = self._session.crew
-        crew.post(self._session.run.submitted, attempt)
-        finished = None if crew.over else reply.get()
+        crew.post(self._session.run.submitted, Attempt(call, task, lane))
+        finished = None if crew.over else call.reply.get()
         if finished is None:
             raise crew.fault or RuntimeError("the run behind call() ended early")
-        return result_of(finished, self._session.wall_offset).unwrap()
+        result = result_of(finished, self._session.wall_offset)
+        if isinstance(result.error, _Exit) and result.error.__cause__ is not None:
+            raise result.error.__cause__
+        return result.unwrap()
 
-    def _call_in_context(self, boxed: tuple[Context, Any]) -> Any:
-        """Run the function in the context of the caller who waits for it, not of the one who came first."""
-        context, payload = boxed
-        return run_in(context.copy(), self._fn, payload)
-
-    def close(self) -> dict[Any, float | None]:
-        """End the run and return the budgets left."""
-        if self._replies:  # the last caller was interrupted
+    def close(self) -> None:
+        """End the run."""
+        if self._waiting:  # the last caller was interrupted
             self._session.abort("interrupted")
         else:
             self._session.crew.post(self._session.run.closed, self._feed)
             self._session.crew.wait()
             self._session.join()
-        return self._book.budgets()
 
     def _deliver(self, attempt: Attempt | None) -> None:
         if attempt is not None:
             attempt.lane.delivered += 1
-            reply = self._replies.pop(id(attempt.task), None)
-            if reply is not None:
-                reply.put(attempt)
+            self._waiting.discard(attempt.payload)
+            attempt.payload.reply.put(attempt)
             return
-        for reply in self._replies.values():
-            reply.put(None)
+        for call in self._waiting:
+            call.reply.put(None)
 
 
 class ConcurrentExecutor(_FunctionFace[P, V]):

@@ -12,12 +12,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import Lock
+from threading import TIMEOUT_MAX, Lock
 from typing import Any
 
 from .core.bucket import CATCH_UP
 from .core.limits import LimitSet, check_units
 from .errors import optional, refuse, require_amount, require_at_least, require_callable
+from .forks import restart_after_fork
 from .model import Amount
 from .policy import LiveLimit, RateLimit, Window, check_limits
 
@@ -40,7 +41,7 @@ class _Waiter:
 
     def wait(self, seconds: float) -> bool:
         """Wait to be woken, at most so long; return whether it was."""
-        return self._latch.acquire(timeout=-1 if seconds == math.inf else max(0.0, seconds))
+        return self._latch.acquire(timeout=-1 if seconds == math.inf else min(max(0.0, seconds), TIMEOUT_MAX))
 
 
 class RateLimiter:
@@ -81,6 +82,13 @@ class RateLimiter:
         self._limits = LimitSet(limits, self._now_fn(), Lock(), initial)
         self._line: deque[_Waiter] = deque()
         self._lock = Lock()
+        restart_after_fork(self)
+
+    def start_afresh(self) -> None:
+        """Be as new, with new locks; what a forked child does with each of its limiters."""
+        self._line = deque()
+        self._lock = Lock()
+        self._limits.renew(self._now_fn(), Lock())
 
     def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
         """Take `amount`, waiting for it if need be.
@@ -104,7 +112,8 @@ class RateLimiter:
         waiter = _Waiter(amount)
         try:
             with self._lock:
-                if self._limits.foresee([*(other.amount for other in self._line), amount], now) > latest:
+                ready_at = self._limits.foresee([*(other.amount for other in self._line), amount], now)
+                if latest < ready_at < math.inf:  # infinity: it hangs on an outcome, which may come in time
                     return False
                 self._line.append(waiter)
             return self._wait(waiter, latest)

@@ -46,6 +46,11 @@ class RunManifest:
     name: str = ""
     inputs: tuple[Any, ...] = ()
 
+    def __post_init__(self) -> None:
+        require_kind("policy", self.policy, ExecutionPolicy)
+        require_kind("name", self.name, str)
+        require_kind("inputs", self.inputs, tuple)
+
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read a file whose name ends in .toml or .json.
@@ -67,8 +72,10 @@ class RunManifest:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> Self:
         """Make one of a mapping as such a file holds it."""
-        rest = dict(require_kind("the manifest", data, dict))
-        name = require_kind("name", rest.pop("name", ""), str)
+        if not isinstance(data, Mapping):
+            refuse_type("the manifest", data, "a mapping")
+        rest = dict(data)
+        name = rest.pop("name", "")
         inputs = require_kind("inputs", rest.pop("inputs", []), list)
         for key, kind in (("stop", StopConditions), ("breaker", BreakerPolicy)):
             if key in rest:
@@ -77,7 +84,7 @@ class RunManifest:
             rest["retry"] = _build(RetryPolicy, "retry", _with_classes(rest["retry"]))
         if "limits" in rest:
             rest["limits"] = tuple(_limit(item) for item in require_kind("limits", rest["limits"], list))
-        policy: ExecutionPolicy = _build(ExecutionPolicy, "the manifest", rest)
+        policy: ExecutionPolicy = _build(ExecutionPolicy, "the manifest", rest, ("name", "inputs"))
         return cls(policy, name, tuple(inputs))
 
 
@@ -93,9 +100,9 @@ def _parse(name: str, text: str) -> Any:
     return refuse("the manifest's path", name, "a name that ends in .toml or .json")
 
 
-def _build(kind: type[Any], where: str, data: Any) -> Any:
+def _build(kind: type[Any], where: str, data: Any, others: tuple[str, ...] = ()) -> Any:
     require_kind(where, data, dict)
-    allowed = [field.name for field in fields(kind)]
+    allowed = [*others, *(field.name for field in fields(kind))]
     for key in data:
         if key not in allowed:
             refuse(f"a key of {where}", key, ", ".join(allowed))
@@ -104,7 +111,10 @@ def _build(kind: type[Any], where: str, data: Any) -> Any:
 
 def _limit(item: Any) -> Limit:
     require_kind("an item of limits", item, dict)
-    limit: Limit = _build(Window if "seconds" in item else RateLimit, "an item of limits", item)
+    is_window = "seconds" in item or "limit" in item
+    if is_window and not {"seconds", "limit"} <= item.keys():
+        refuse("an item of limits", item, "a rate (per_second, ...), or a window with both limit and seconds")
+    limit: Limit = _build(Window if is_window else RateLimit, "an item of limits", item)
     return limit
 
 

@@ -18,6 +18,7 @@ from .errors import (
     BudgetExceededError,
     QEngineError,
     optional,
+    refuse,
     refuse_type,
     require_amount,
     require_kind,
@@ -89,6 +90,10 @@ class Task(Generic[P]):
         optional(check_key, "key", self.key)
         require_number("priority", self.priority)
         require_amount("amount", self.amount)
+        if isinstance(self.amount, Mapping):
+            object.__setattr__(self, "amount", dict(self.amount))  # plain: the engine looks into it under its lock
+        if self.routes:
+            refuse("routes", self.routes, "none: a scheduler has one function")
         optional(require_positive, "timeout", self.timeout)
 
 
@@ -279,8 +284,9 @@ class RunReport(Generic[P, V]):
 
     def raise_for_failures(self) -> Self:
         """Return the report, or raise an ExceptionGroup of the errors if any task failed."""
-        if errors := self.errors():
-            raise BaseExceptionGroup(f"{len(errors)} of {len(self.results)} tasks failed", errors)
+        if self.failure_count:
+            errors = self.errors() or [QEngineError("their results were handed out by the stream")]
+            raise BaseExceptionGroup(f"{self.failure_count} tasks failed", errors)
         return self
 
     def __repr__(self) -> str:
@@ -366,7 +372,7 @@ class CancellationToken:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until cancelled, at most `timeout` seconds; return whether it is."""
-        if self._latch.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        if self._latch.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)):
             self._latch.release()
         return self.cancelled
 

@@ -19,12 +19,12 @@ from .errors import (
     require_choice,
     require_count,
     require_kind,
-    require_number,
     require_positive,
     require_share,
 )
 
-Retryable = tuple[type[BaseException], ...] | Callable[[BaseException], "bool | float"]
+Errors = type[BaseException] | tuple[type[BaseException], ...]
+Retryable = Errors | Callable[[BaseException], "bool | float"]
 
 _LONGEST_REFILL = 1e18  # seconds; beyond it the arithmetic of instants means nothing
 
@@ -120,8 +120,9 @@ class RetryPolicy:
         jitter: "full" or "none".
         timeout: Seconds for the whole task, from its first start, waiting included; None for no bound.
         max_retry_after: A `RateLimitError` that asks for more seconds than this fails the task.
-        retry_on: The exceptions worth another attempt; or a predicate that takes the error and returns a bool, or
-            the seconds to wait.  It runs where the task ran, and once beforehand with a `TaskTimeoutError`.
+        retry_on: The exceptions worth another attempt, a class or a tuple of them; or a predicate that takes the error
+            and returns a bool, or the seconds to wait.  It runs where the task ran, and once beforehand with a
+            `TaskTimeoutError`.
     """
 
     max_attempts: int = 1
@@ -141,12 +142,14 @@ class RetryPolicy:
         require_choice("jitter", self.jitter, ("full", "none"))
         optional(require_positive, "timeout", self.timeout)
         require_at_least("max_retry_after", self.max_retry_after, 0.0)
+        if isinstance(self.retry_on, type) and issubclass(self.retry_on, BaseException):
+            object.__setattr__(self, "retry_on", (self.retry_on,))
         if isinstance(self.retry_on, tuple):
             for kind in self.retry_on:
                 if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                     refuse_type("an item of retry_on", kind, "an exception class")
-        elif not callable(self.retry_on):
-            refuse_type("retry_on", self.retry_on, "a tuple of exception classes or a predicate")
+        elif isinstance(self.retry_on, type) or not callable(self.retry_on):
+            refuse_type("retry_on", self.retry_on, "an exception class, a tuple of them, or a predicate")
 
     def verdict(self, error: BaseException) -> bool | float:
         """Say whether `error` is worth another attempt, or after how many seconds.  Runs the user's predicate."""
@@ -244,7 +247,8 @@ class ExecutionPolicy:
         breaker: See there; None for none.
         lookahead: Inputs taken beyond those that run, for each lane.
         max_abandoned: Hung calls given up, and not back yet, at which a lane starts no more: its breaker opens, and
-            without one its tasks are skipped as `breaker_open`.  None for its concurrency, but at least 2.
+            without one its tasks are skipped as `breaker_open`.  None for its concurrency, but at least 2.  Those that
+            run when it is reached may hang as well.
     """
 
     concurrency: int = 8
@@ -254,7 +258,7 @@ class ExecutionPolicy:
     retry: RetryPolicy = RetryPolicy()
     stop: StopConditions = StopConditions()
     timeout: float | None = None
-    budget: float | None = None
+    budget: int | None = None
     breaker: BreakerPolicy | None = None
     lookahead: int = 64
     max_abandoned: int | None = None
@@ -264,17 +268,12 @@ class ExecutionPolicy:
         object.__setattr__(self, "limits", check_limits("limits", self.limits))
         optional(require_count, "batch_size", self.batch_size)
         require_at_least("batch_backoff", self.batch_backoff, 0.0)
+        if self.batch_backoff and self.batch_size is None:
+            refuse("batch_backoff", self.batch_backoff, "0 where there is no batch_size")
         require_kind("retry", self.retry, RetryPolicy)
         require_kind("stop", self.stop, StopConditions)
         optional(require_positive, "timeout", self.timeout)
-        check_budget(self.budget)
+        optional(require_count, "budget", self.budget, 0)
         optional(require_kind, "breaker", self.breaker, BreakerPolicy)
         require_count("lookahead", self.lookahead, 0)
         optional(require_count, "max_abandoned", self.max_abandoned)
-
-
-def check_budget(budget: object) -> None:
-    """Refuse a budget that is neither None nor a whole number of calls, 0 included."""
-    if budget is not None:
-        require_number("budget", budget)
-        require_count("budget", budget, 0)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.steps import Raised
 from .core.tree import NodeKey, Tree
+from .drivers.calls import check_value
 from .errors import (
     optional,
     refuse,
@@ -24,11 +25,29 @@ from .errors import (
     require_kind,
     require_positive,
 )
-from .executor import Face, Session, Stream, check_inputs, make_gate, refuse_async, result_of, timeout_verdict
+from .executor import Face, Session, Stream, ThreadsGate, check_inputs, refuse_async, result_of, timeout_verdict
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
-from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_budget, check_limits
+from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits
 
 N = TypeVar("N", bound=Hashable)
+
+
+def items_of(name: str, value: Any) -> list[Any]:
+    """Return what user code gave as a list; refuse what would fall apart into letters, or cannot be iterated."""
+    check_value(value)
+    if value is None or isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} returned {value!r}, allowed is an iterable that is not a string")
+    return list(value)
+
+
+def opened(name: str, value: Any) -> Iterable[Any]:
+    """Return what a method of a plan gave, to be iterated over as it is needed; None means nothing."""
+    if value is None:
+        return ()
+    check_value(value)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} returned {value!r}, allowed is None or an iterable that is not a string")
+    return value
 
 
 class Source:
@@ -55,9 +74,9 @@ class Source:
         name: str,
         fetch: Callable[[Query[Any]], Iterable[Any]],
         limits: Sequence[Limit] = (),
-        *,
         concurrency: int = 1,
-        budget: float | None = None,
+        budget: int | None = None,
+        *,
         breaker: BreakerPolicy | None = None,
         retry: RetryPolicy = RetryPolicy(),
         timeout: float | None = None,
@@ -72,7 +91,7 @@ class Source:
         optional(require_callable, "accepts", accepts)
         refuse_async("accepts", accepts)
         optional(require_kind, "breaker", breaker, BreakerPolicy)
-        check_budget(budget)
+        optional(require_count, "budget", budget, 0)
         optional(require_positive, "timeout", timeout)
         optional(require_count, "max_abandoned", max_abandoned)
         self.name = name
@@ -86,14 +105,14 @@ class Source:
         self.accepts = accepts
         self.cost = require_at_least("cost", cost, 0.0)
         self.max_abandoned = max_abandoned
-        self._gate = make_gate(self.limits, breaker)
+        self._gate = ThreadsGate(self.limits, breaker)
 
     def make_lane(self, lookahead: int) -> Lane:
         """Return the source's lane in one run."""
         return Lane(
             self.name,
             self._gate,
-            lambda query: list(self.fetch(query)),
+            lambda query: items_of("fetch", self.fetch(query)),
             concurrency=self.concurrency,
             lookahead=lookahead,
             retry=self.retry,
@@ -233,12 +252,17 @@ class _Feeds:
     def __init__(self, plan: Any, sources: Sequence[Source], lanes: Sequence[Lane]) -> None:
         self._plan = plan
         self._sources = {id(lane): source for lane, source in zip(lanes, sources, strict=True)}
+        self._keys: dict[Hashable, NodeKey] = {}
+
+    def key_of(self, node: Hashable) -> NodeKey:
+        """Return the key of a node, the same for equal ones; runs the node's own hash and comparison."""
+        return self._keys.setdefault(node, NodeKey(node))
 
     def queries(self, key: NodeKey, lane: Lane, rank: Rank) -> Feed:
         source = self._sources[id(lane)]
         return Feed(
             FeedKind.QUERIES,
-            lambda: self._plan.queries(key.node, source),
+            lambda: opened("plan.queries", self._plan.queries(key.node, source)),
             self._query_of(key.node, lane, rank[0]),
             label="plan.queries",
             lane=lane,
@@ -252,7 +276,7 @@ class _Feeds:
         rank = attempt.rank[1:3]
         return Feed(
             FeedKind.NODES,
-            lambda: self._plan.children(query.node, result_of(attempt, 0.0)),
+            lambda: opened("plan.children", self._plan.children(query.node, result_of(attempt, 0.0))),
             self.node_of(rank, attempt.lane, query.node),
             label="plan.children",
             lane=attempt.lane,
@@ -265,7 +289,7 @@ class _Feeds:
         assert attempt.rank is not None
         return Feed(
             FeedKind.QUERIES,
-            lambda: self._plan.following(query, result_of(attempt, 0.0)) or (),
+            lambda: opened("plan.following", self._plan.following(query, result_of(attempt, 0.0))),
             self._query_of(query.node, attempt.lane, query.level),
             label="plan.following",
             lane=attempt.lane,
@@ -281,7 +305,7 @@ class _Feeds:
             if isinstance(item, Raised):  # what plan.children raised
                 return _bad_query(parent, level - 1, lane, item)
             try:
-                return NodeKey(item)
+                return self.key_of(item)
             except Exception as error:  # not hashable: the item is bad, not the run
                 return _bad_query(item, level, lane, Raised(error))
 
@@ -300,7 +324,7 @@ class _Feeds:
                 query = Query(item, node=node, level=level, source=lane.name)
             attempt = Attempt(query, query, lane)
             try:
-                attempt.node = NodeKey(query.node)
+                attempt.node = self.key_of(query.node)
                 if accepts is not None and not accepts(query):
                     attempt.reason = "unsupported"
             except Exception as error:  # the query is bad, not the run

@@ -82,7 +82,7 @@ class StubExecutor(TaskScheduler[Any, Any]):
 
 def _check(key: Hashable, behaviour: object) -> tuple[Behaviour, ...]:
     """Return a behaviour as a sequence; refuse what a call cannot do."""
-    told = tuple(behaviour) if isinstance(behaviour, Sequence) else (behaviour,)
+    told = tuple(behaviour) if isinstance(behaviour, Sequence) and not isinstance(behaviour, str) else (behaviour,)
     for one in told:
         raises = isinstance(one, BaseException) or (isinstance(one, type) and issubclass(one, BaseException))
         if not raises and (not isinstance(one, TaskStatus) or one is TaskStatus.SKIPPED):

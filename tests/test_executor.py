@@ -105,12 +105,12 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ConcurrentExecutor(abs, 8), TypeError, "policy is 8"),                     # type: ignore[arg-type]
     (lambda: ConcurrentExecutor(abs, ExecutionPolicy(limits=[LIMIT])), ValueError, "use TaskScheduler"),
     (lambda: ConcurrentExecutor(abs, ExecutionPolicy(batch_size=2)), ValueError, "use TaskScheduler"),
-    (lambda: TaskScheduler(abs, ExecutionPolicy(), lane_by="host"), TypeError, "lane_by is 'host'"),  # type: ignore[arg-type]
+    (lambda: TaskScheduler(abs, ExecutionPolicy(), lane_by=5), TypeError, "lane_by is 5"),  # type: ignore[arg-type]
     (lambda: ConcurrentExecutor(abs).run(5), TypeError, "inputs is 5"),                 # type: ignore[arg-type]
     (lambda: ConcurrentExecutor(abs).run(used_up()), ValueError, "only once"),
     (lambda: ConcurrentExecutor(abs).stream(used_up()), ValueError, "only once"),
     (lambda: ConcurrentExecutor(abs).run([1], "stop"), TypeError, "cancel is 'stop'"),  # type: ignore[arg-type]
-    (lambda: TaskScheduler.from_manifest(abs, "run.toml"), TypeError, "manifest is 'run.toml'"),  # type: ignore[arg-type]
+    (lambda: TaskScheduler.from_manifest(abs, 5), TypeError, "manifest is 5"),          # type: ignore[arg-type]
 ]
 
 
@@ -435,7 +435,7 @@ def test_an_empty_run_succeeded() -> None:
 def test_failures_are_raised_as_a_group_or_not_at_all() -> None:
     executor = ConcurrentExecutor(fails_if_odd)
     assert executor.run([0, 2]).raise_for_failures().values() == [0, 2]
-    with pytest.raises(ExceptionGroup, match="2 of 4 tasks failed") as caught:
+    with pytest.raises(ExceptionGroup, match="2 tasks failed") as caught:
         executor.run(range(4)).raise_for_failures()
     assert [str(error) for error in caught.value.exceptions] == ["1 is odd", "3 is odd"]
 

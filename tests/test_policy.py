@@ -21,7 +21,7 @@ from qengine import (
     TransientError,
     Window,
 )
-from qengine.policy import check_budget, check_limits
+from qengine.policy import check_limits
 
 make_limit: Any = RateLimit
 make_window: Any = Window
@@ -136,10 +136,9 @@ def test_limits_may_be_declared_or_live() -> None:
 
 
 def test_a_budget_is_none_or_a_whole_number() -> None:
-    check_budget(None)
-    check_budget(0)
-    with pytest.raises(ValueError, match="budget is nan"):
-        check_budget(math.nan)
+    assert make_policy(budget=0).budget == 0
+    with pytest.raises(TypeError, match="budget is nan"):
+        make_policy(budget=math.nan)
 
 
 def test_transient_and_system_errors_are_retried_unless_told_otherwise() -> None:

@@ -42,6 +42,10 @@ def echo(query: Query[str]) -> list[str]:
     return [f"{query.source}:{query.payload}"]
 
 
+async def coroutine(*_: Any) -> list[int]:
+    return []
+
+
 def payloads(report: CollectionReport[Any]) -> list[str]:
     return [result.task.payload for result in report.results]
 
@@ -191,6 +195,14 @@ def test_a_node_that_cannot_be_hashed_is_a_result() -> None:
     assert report.success_count == 8
 
 
+@pytest.mark.parametrize("found", ["letters", b"bytes", None, 5, coroutine], ids=repr)
+def test_what_is_no_collection_of_items_is_an_error_of_that_query(found: Any) -> None:
+    source = Source("x", lambda query: (found() if callable(found) else found) if query.node == "a" else [1])
+    report = QueryExecutor([source], Digits()).run(["a", "b"])
+    assert isinstance(report.results[0].error, TypeError)
+    assert report.active_nodes[0] == "b"
+
+
 def test_a_fetch_that_fails_or_gives_no_iterable_is_a_result() -> None:
     def fetch(query: Query[str]) -> Any:
         return {"a?": 5, "b?": (1 // 0 for _ in "x"), "c?": iter([1])}.get(query.payload, [])
@@ -227,9 +239,10 @@ def test_roots_are_taken_lazily_and_what_they_raise_is_raised_at_the_end() -> No
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "ordered"])
 def test_a_stream_brings_the_same(ordered: bool) -> None:
-    with QueryExecutor([Source("x", echo), Source("y", echo)], Digits()).stream(["a", "b"], ordered) as stream:
+    executor = QueryExecutor([Source("x", echo), Source("y", echo)], Digits())
+    with executor.stream(["a", "b"], ordered) as stream:
         items = [item for result in stream for item in result.items]      # type: ignore[attr-defined]
-    assert sorted(items) == sorted(QueryExecutor([Source("x", echo), Source("y", echo)], Digits()).run("ab").items)
+    assert sorted(items) == sorted(executor.run(["a", "b"]).items)
     assert isinstance(stream.report, CollectionReport)
 
 
@@ -275,10 +288,6 @@ def test_what_calls_cost_is_added_up() -> None:
     assert report.total_cost == 2.0
 
 
-async def coroutine(*_: Any) -> list[int]:
-    return []
-
-
 class AsyncPlan(Digits):
     queries = coroutine     # type: ignore[assignment]
 
@@ -306,8 +315,9 @@ PLAN, SOURCE = Digits(), Source("x", echo)
         (lambda: QueryExecutor([SOURCE], AsyncPlan()), TypeError, "plan.queries is"),
         (lambda: QueryExecutor([SOURCE], PLAN, concurrency=0), ValueError, "concurrency is 0"),
         (lambda: QueryExecutor([SOURCE], PLAN, stop=5), TypeError, "stop is 5"),
+        (lambda: QueryExecutor([SOURCE], PLAN).run("ab"), TypeError, "roots is 'ab'"),
         (lambda: QueryExecutor([SOURCE], PLAN).run(5), TypeError, "roots is 5"),
-        (lambda: QueryExecutor([SOURCE], PLAN).run("a", "now"), TypeError, "cancel is 'now'"),
+        (lambda: QueryExecutor([SOURCE], PLAN).run(["a"], "now"), TypeError, "cancel is 'now'"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name_before_anything_starts(

@@ -22,7 +22,17 @@ class Gate:
     `lock` makes it safe between threads; the core has none of its own.
     """
 
-    __slots__ = ("_limit_sets", "_lock", "_paused_until", "_take", "_watchers", "_windows", "active", "breaker")
+    __slots__ = (
+        "_limit_sets",
+        "_lock",
+        "_paused_until",
+        "_policy",
+        "_take",
+        "_watchers",
+        "_windows",
+        "active",
+        "breaker",
+    )
 
     def __init__(
         self,
@@ -33,11 +43,16 @@ class Gate:
         self._limit_sets = tuple(limit_sets)
         self._take = self._limit_sets[0].try_take if len(self._limit_sets) == 1 else self._take_all
         self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
-        self._watchers: list[Callable[[], object]] = []
+        self._policy = breaker
+        self.renew(lock)
+
+    def renew(self, lock: Lock) -> None:
+        """Be as new but for the limits, which are others' to renew; with a new lock."""
         self._lock = lock
+        self._watchers: list[Callable[[], object]] = []
         self._paused_until = -math.inf
-        self.breaker = None if breaker is None else Breaker(breaker)
-        self.active = bool(self._limit_sets) or breaker is not None  # an idle gate costs a run nothing
+        self.breaker = None if self._policy is None else Breaker(self._policy)
+        self.active = bool(self._limit_sets) or self.breaker is not None  # an idle gate costs a run nothing
 
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""

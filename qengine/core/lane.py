@@ -269,15 +269,19 @@ class Lane:
         self.budget = budget
         self.batch_size = batch_size
         self.batch_backoff = batch_backoff
-        self.batch_started = 0  # tasks of this batch that were started
-        self.batch_open = 0  # those of them without a result
-        self.batch_at = -math.inf  # when the next batch may start
         # One hung call must not end a lane of one: so at least two.
         self.max_abandoned = max(2, concurrency) if max_abandoned is None else max_abandoned
         self.cost = cost
+        self.handful = handful_of(lookahead)
+        self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
+        self.accounts = batch_size is not None or retry.timeout is not None  # whether a start changes more than a count
+        self.abandoned = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Make it ready for another run: all but the budget left and the calls that still hang begins anew."""
         self.order = -1  # its place among the run's lanes, given when it joins
         self.running = 0
-        self.abandoned = 0
         self.taken = 0
         self.delivered = 0  # in a stream, written by the consumer alone
         self.calls = 0
@@ -286,10 +290,12 @@ class Lane:
         self.first_answer: float | None = None
         self.last_answer: float | None = None
         self.last_given_up = -math.inf
-        self.handful = handful_of(lookahead)
-        self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
-        self.accounts = batch_size is not None or retry.timeout is not None  # whether a start changes more than a count
-        self.guarded = self.accounts or budget is not None  # whether more than its gate has to be asked
+        self.stats = SourceReport(self.name)
+        self.batch_started = 0  # tasks of this batch that were started
+        self.batch_open = 0  # those of them without a result
+        self.batch_at = -math.inf  # when the next batch may start
+        # Whether more than its gate has to be asked.
+        self.guarded = self.accounts or self.budget is not None or self.abandoned > 0
         self.fifo: deque[Attempt] = deque()  # tasks of the default rank
         self.heap: list[tuple[Rank, Attempt]] = []  # all others: by priority, by place in the tree, and retries
         self.active = False
@@ -299,7 +305,6 @@ class Lane:
         self.nodes: list[tuple[Rank, int, Any]] = []  # nodes to ask about, and feeds of queries begun
         self.growth: deque[Feed] = deque()  # feeds of children and of following queries
         self.pulling: Feed | None = None
-        self.stats = SourceReport(name)
 
     @property
     def ended_count(self) -> int:

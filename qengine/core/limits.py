@@ -48,7 +48,7 @@ class Lock(Protocol):
 class LimitSet:
     """Rules, and their states in one tuple.  `lock` makes it safe between threads."""
 
-    __slots__ = ("_lock", "_only", "_states", "_watchers", "has_windows", "rules")
+    __slots__ = ("_lock", "_only", "_states", "_tokens", "_watchers", "has_windows", "rules")
 
     def __init__(
         self, limits: Iterable[RateLimit | Window], now: float, lock: Lock, tokens: float | None = None
@@ -56,8 +56,13 @@ class LimitSet:
         self.rules = tuple(make_rule(limit) for limit in limits)
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
         self._only = self.rules[0] if len(self.rules) == 1 else None
+        self._tokens = tokens
+        self.renew(now, lock)
+
+    def renew(self, now: float, lock: Lock) -> None:
+        """Be as new, with a new lock."""
         self._lock = lock
-        self._states: tuple[Any, ...] = tuple(rule.initial(now, tokens) for rule in self.rules)
+        self._states: tuple[Any, ...] = tuple(rule.initial(now, self._tokens) for rule in self.rules)
         self._watchers: list[Callable[[], object]] = []
 
     @property

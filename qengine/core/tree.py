@@ -19,19 +19,15 @@ PULL_GRACE = 0.005
 
 
 class NodeKey:
-    """A node with its hash, which is user code and is asked for where the node was pulled."""
+    """What the core knows a node by.
 
-    __slots__ = ("_hash", "node")
+    Equal nodes have one key, which whoever pulls looks up: hashing and comparing nodes is user code.
+    """
+
+    __slots__ = ("node",)
 
     def __init__(self, node: Hashable) -> None:
         self.node = node
-        self._hash = hash(node)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NodeKey) and (self.node is other.node or self.node == other.node)
 
 
 class Tree:

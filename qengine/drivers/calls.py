@@ -18,7 +18,7 @@ from ..core.steps import Raised
 from ..errors import RateLimitError
 from ..model import CancellationToken, Task
 
-_PLAIN_DATA = (list, tuple, range, str, bytes)
+_PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
 """Types of values that need no `check_value`."""
 

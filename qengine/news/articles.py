@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ArticleRef", "mentioned_district", "read_articles"]
+__all__ = ["ArticleRef", "mentioned_district", "parse_articles", "read_articles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +58,54 @@ def mentioned_district(title: str, districts: Iterable[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def read_articles(path: str | Path) -> list[Mapping[str, Any]]:
-    """The articles in a file of JSON lines, each an object that has a state and a URL.
+def read_articles(
+    path: str | Path, check: Callable[[Mapping[str, Any]], object] | None = None
+) -> list[Mapping[str, Any]]:
+    """The articles in a file of JSON lines, each an object that has a state and a URL. Blank lines are passed over.
+
+    Args:
+        path: Where.
+        check: Called with each article; raises ValueError if it will not do.
 
     Raises:
         ValueError: the file cannot be read, or a line is not that; the message names the file and the line.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return list(_articles(file, path))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    return parse_articles(content, path, check)
+
+
+def parse_articles(
+    content: bytes, path: str | Path, check: Callable[[Mapping[str, Any]], object] | None = None
+) -> list[Mapping[str, Any]]:
+    """The articles in what a file holds; see `read_articles`."""
+    try:
+        lines = io.StringIO(content.decode("utf-8-sig"), newline=None)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a file of JSON lines: it is not UTF-8") from error
-
-
-def _articles(lines: Iterable[str], path: str | Path) -> Iterator[Mapping[str, Any]]:
+    articles = []
     for number, line in enumerate(lines, 1):
-        try:
-            article = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(article, dict) or not all(isinstance(article.get(name), str) for name in ("state", "url")):
-            raise ValueError(f"{path}, line {number}: not an article: an object with a state and a url is needed")
-        yield article
+        if not line.isspace():
+            try:
+                article = _parse(line)
+                if check is not None:
+                    check(article)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            articles.append(article)
+    return articles
+
+
+def _parse(line: str) -> Mapping[str, Any]:
+    try:
+        article = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(article, dict) or not all(isinstance(article.get(name), str) for name in ("state", "url")):
+        raise ValueError("not an article: an object with a state and a url is needed")
+    for name in ("district", "language"):
+        if not isinstance(article.get(name), str | None):
+            raise ValueError(f"not an article: {name} must be a text or null, not {article[name]!r}")
+    return article

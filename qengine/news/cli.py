@@ -3,6 +3,7 @@
 Rules:
 
 - whatever is wrong with the command is said before anything starts, and exits with 2;
+- what is wrong is one line, the last, never a page of usage before it;
 - exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
   never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after SIGTERM, with everything so far on disk;
 - articles go to a file, everything else to stderr.
@@ -16,13 +17,12 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TextIO, TypeVar
+from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 from ..model import CancellationToken, CollectionReport
 from ..query import Source
@@ -31,10 +31,11 @@ from .collect import SIGNAL_EXIT_CODES, cancelled_by_signals, collect
 from .dates import ALWAYS, INDIA, Period, parse_duration
 from .demo import DEMO_FAULTS, DEMO_SPEED, demo_articles
 from .formats import Article
-from .http import check_base_url, is_loopback
+from .http import check_base_url, is_loopback, may_hold_secret
 from .output import ArticleFile, check_report, check_writable, write_report
+from .progress import Progress
 from .queries import QueryGenerator
-from .regions import StateUT, get_all_regions, get_region_by_slug
+from .regions import StateUT, get_all_regions, get_region_by_name, get_region_by_slug
 from .server import NewsServer
 from .sources import SOURCES, SourceOptions, create_scheduler
 from .summary import Tally, render, silent_sources, summarize
@@ -46,14 +47,14 @@ T = TypeVar("T")
 
 BROKEN, BAD_USAGE, SILENT_SOURCE, DEADLINE = 1, 2, 3, 4
 
-_PROGRESS_SECONDS: Final = 1.0
+_CALL: Final = "python -m qengine"
 _ANY_KEY: Final = "loopback"  # what a server on loopback is shown where no key is set
 
 _EPILOG: Final = """\
 sources: google needs no key; newsdata and gnews take theirs from NEWSDATA_API_KEY and GNEWS_API_KEY.
 durations: 30s, 15m, 2h, 7d.
-exit codes: 0 done; 2 bad usage; 3 done, but some source never answered; 4 stopped by --deadline;
-130 after Ctrl-C, 143 after SIGTERM, with everything so far on disk.
+exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
+never answered; 4 stopped by --deadline; 130 after Ctrl-C, 143 after SIGTERM, with everything so far on disk.
 
 try it, without a key or the network:  python -m qengine collect --demo
 """
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = _parser()
     try:
+        parser = _parser()
         arguments = parser.parse_args(argv)
         if arguments.command is None:
             parser.print_help(sys.stderr)
@@ -81,8 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return SIGNAL_EXIT_CODES["SIGINT"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and where to read on, where argparse would print its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.partition(" ")[2]
+        self.exit(BAD_USAGE, f"{self.prog}: error: {message}\nsee {' '.join(filter(None, (_CALL, command)))} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qengine", description="Many calls against sources that limit you.")
+    parser = _Parser(prog="qengine", description="Many calls against sources that limit you.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser(
         "collect",
@@ -98,11 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_what(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument_group("what to collect").add_argument
+    group = command.add_argument_group("what to collect")
+    add = group.add_argument
     add("--states", type=_type(_states), metavar="SLUG,...", help="these states and union territories (default: all)")
     add("--sources", type=_type(_sources), metavar="NAME,...", help=f"of {', '.join(SOURCES)} (default: all)")
     add("--terms", type=_type(load_terms), metavar="FILE.toml", help="search terms instead of those for heat")
-    when = command.add_mutually_exclusive_group()
+    when = group.add_mutually_exclusive_group()
     when.add_argument("--since", type=_type(parse_duration), metavar="DURATION", help="only that recent, like 24h")
     when.add_argument(
         "--date-range", type=_type(Period.parse_days), metavar="DAY:DAY", help="only these days in India, both included"
@@ -111,23 +121,27 @@ def _add_what(command: argparse.ArgumentParser) -> None:
 
 def _add_where_to(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("where to").add_argument
-    add("--out", metavar="FILE", help="the articles, as JSON lines (default: articles.jsonl; --demo: a new file)")
+    add("--out", type=_type(_file), metavar="FILE", help="the articles, as JSON lines (default: articles.jsonl; --demo: a new file)")
     add("--append", action="store_true", help="go on with --out if it exists")
-    add("--report", metavar="FILE", help="what became of the run, as JSON")
+    add("--report", type=_type(_file), metavar="FILE", help="what became of the run, as JSON")
     add("--quiet", action="store_true", help="no progress and no table")
 
 
 def _add_from(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument_group("how").add_argument
+    group = command.add_argument_group("from where, and how")
+    add = group.add_argument
+    server = group.add_mutually_exclusive_group()
+    server.add_argument("--demo", action="store_true", help="from a server of our own, with made-up stories")
+    server.add_argument(
+        "--replay", type=_type(_recorded), metavar="FILE.jsonl", help="from a server of our own, with recorded articles"
+    )
     add("--timeout", type=_type(parse_duration), default=30.0, metavar="DURATION", help="for a call (default: 30s)")
     add("--deadline", type=_type(parse_duration), metavar="DURATION", help="for the run; after that it stops")
     add("--base-url", type=_type(_base_url), action="append", default=[], metavar="NAME=URL", help="ask a source there")
     add("--speed", type=_type(_speed), metavar="N", help="limits and pauses N times faster; for loopback servers only")
-    add("--server-log", metavar="FILE", help="every request to the server of --replay or --demo, as JSON lines")
-    server = command.add_mutually_exclusive_group()
-    server.add_argument("--demo", action="store_true", help="from a server of our own, with made-up stories")
-    server.add_argument(
-        "--replay", type=_type(_recorded), metavar="FILE.jsonl", help="from a server of our own, with recorded articles"
+    add(
+        "--server-log", type=_type(_file), metavar="FILE",
+        help="every request to the server of --replay or --demo, as JSON lines",
     )
 
 
@@ -144,17 +158,24 @@ def _type(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 def _states(text: str) -> tuple[StateUT, ...]:
-    return tuple(dict.fromkeys(get_region_by_slug(slug) for slug in _listed(text, "state")))
+    return tuple(dict.fromkeys(get_region_by_slug(slug.lower()) for slug in _listed(text, "state")))
 
 
 def _sources(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_source(name) for name in _listed(text, "source")))
 
 
+def _file(text: str) -> str:
+    if not text:
+        raise ValueError("the name of a file is needed, not ''")
+    return text
+
+
 def _base_url(text: str) -> tuple[str, str]:
     name, equals, url = text.partition("=")
-    if not equals:
-        raise ValueError(f"base URL must be like google=http://127.0.0.1:8000/rss/search, not {text!r}")
+    if not equals or "/" in name:
+        shown = "" if may_hold_secret(text) else f", not {text!r}"
+        raise ValueError(f"base URL must be like google=http://127.0.0.1:8000/rss/search{shown}")
     return _source(name), check_base_url(url)
 
 
@@ -166,13 +187,17 @@ def _speed(text: str) -> float:
 
 
 def _recorded(path: str) -> _Recording:
-    return _Recording(Path(path), read_articles(path))
+    articles = read_articles(path, lambda article: get_region_by_name(article["state"]))
+    if not articles:
+        raise ValueError(f"{path} holds no articles")
+    return _Recording(Path(path), articles)
 
 
-def _source(name: str) -> str:
+def _source(text: str) -> str:
+    name = text.lower()
     if name not in SOURCES:
         nearest = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown source {name!r}: did you mean {nearest!r}?")
+        raise ValueError(f"unknown source {text!r}: did you mean {nearest!r}?")
     return name
 
 
@@ -214,15 +239,18 @@ class _Collect:
             stack.enter_context(cancelled_by_signals(self.token))
             out = stack.enter_context(ArticleFile(self.out, append=self.arguments.append))
             server = self._start_server(stack)
+            sources = [self._create(name, server) for name in self.keys]
+            progress = self._progress(sources, stack)
             report = collect(
-                [self._create(name, server) for name in self.keys],
+                sources,
                 QueryGenerator(self.terms, self._period()),
                 self.regions,
                 out,
                 tally=self.tally,
                 deadline=self.arguments.deadline,
                 cancel=self.token,
-                on_progress=self._progress(),
+                on_progress=progress and progress.result,
+                on_event=progress and progress.event,
             )
             return self._conclude(report)
 
@@ -301,10 +329,10 @@ class _Collect:
             return Period.since(self.arguments.since, datetime.now(UTC))
         return self.arguments.date_range or ALWAYS
 
-    def _progress(self) -> Callable[[], object] | None:
-        if self.arguments.quiet or not sys.stderr.isatty():
+    def _progress(self, sources: Sequence[Source], stack: ExitStack) -> Progress | None:
+        if self.arguments.quiet:
             return None
-        return _Progress(self.tally)
+        return stack.enter_context(Progress(self.tally, sources, _say, is_terminal=sys.stderr.isatty()))
 
     def _conclude(self, report: CollectionReport[Any]) -> int:
         code = _exit_code(report)
@@ -340,19 +368,5 @@ def _open_log(path: str) -> TextIO:
     return open(path, "w", encoding="utf-8", errors="replace")
 
 
-class _Progress:
-    """Says how many articles there are, at most once a second."""
-
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
-        self._next_at = time.monotonic() + _PROGRESS_SECONDS
-
-    def __call__(self) -> None:
-        now = time.monotonic()
-        if now >= self._next_at:
-            self._next_at = now + _PROGRESS_SECONDS
-            _say(f"{self._tally.articles} articles, {len(self._tally.districts)} districts asked")
-
-
 def _say(text: str, prefix: str = "qengine collect: ") -> None:
-    print(prefix + text, file=sys.stderr, flush=True)
+    print(f"{prefix}{text}\n", end="", file=sys.stderr, flush=True)  # one write: other threads say something too

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, cast
 
-from ..model import CancellationToken, CollectionReport, QueryResult
+from ..model import CancellationToken, CollectionReport, Event, QueryResult
 from ..policy import StopConditions
 from ..query import QueryExecutor, Source
 from .output import ArticleFile
@@ -43,6 +43,7 @@ def collect(
     deadline: float | None = None,
     cancel: CancellationToken | None = None,
     on_progress: Callable[[], object] | None = None,
+    on_event: Callable[[Event], object] | None = None,
 ) -> CollectionReport[NewsQuery]:
     """Ask every source about every region, and about the districts of those that are active.
 
@@ -53,9 +54,10 @@ def collect(
         deadline: Seconds for the whole run; None for as long as it takes.
         cancel: Ends the run in order when it is cancelled.
         on_progress: Called after each result.
+        on_event: Called with each Event of the engine, in any thread, one at a time.
     """
     stop = StopConditions(timeout=deadline, drain_seconds=_DRAIN_SECONDS)
-    with QueryExecutor(sources, plan, stop=stop).stream(regions, cancel=cancel) as stream:
+    with QueryExecutor(sources, plan, stop=stop, on_event=on_event).stream(regions, cancel=cancel) as stream:
         for result in cast("Iterator[QueryResult[NewsQuery]]", stream):
             for article in result.items:
                 tally.article(article, out.add(article))

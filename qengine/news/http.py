@@ -31,7 +31,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ..errors import RateLimitError, TaskError, TaskTimeoutError, TransientError
 
-__all__ = ["MAX_BODY", "check_base_url", "get", "is_loopback"]
+__all__ = ["MAX_BODY", "check_base_url", "get", "is_loopback", "may_hold_secret"]
 
 MAX_BODY: Final = 10 * 2**20
 _MAX_HEAD: Final = 2**18
@@ -88,16 +88,23 @@ def check_base_url(url: str) -> str:
     """The URL, if a query can be put to it.
 
     Raises:
-        ValueError: it is not an http or https URL with a host, or has a query, a fragment or blanks.
+        ValueError: it is not an http or https URL with a host, or has a query, a fragment, a user or blanks; the
+            message does not show a URL that may hold a secret.
     """
     try:
         parts = urlsplit(url)
         usable = parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         usable = False
-    if not usable or "?" in url or "#" in url or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"base URL must be like http://127.0.0.1:8000/rss/search, without a query, not {url!r}")
+    if not usable or may_hold_secret(url) or not url.isascii() or not url.isprintable() or " " in url:
+        shown = "" if may_hold_secret(url) else f", not {url!r}"
+        raise ValueError(f"base URL must be like http://127.0.0.1:8000/rss/search, without a query or a user{shown}")
     return url
+
+
+def may_hold_secret(url: str) -> bool:
+    """Whether there is more to a URL than where something is: a query, a fragment, a user with a password."""
+    return not {"?", "#", "@"}.isdisjoint(url)
 
 
 def _answer(name: str, request: urllib.request.Request, deadline: float) -> bytes:

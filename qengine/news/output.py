@@ -17,11 +17,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
-from .articles import ArticleRef, read_articles
+from .articles import ArticleRef, parse_articles
 
 __all__ = ["ArticleFile", "check_report", "check_writable", "write_report"]
+
+_BEGINNING: Final = b'{"title": "'  # of every line that is written
 
 
 class ArticleFile:
@@ -29,8 +31,8 @@ class ArticleFile:
 
     Args:
         path: Where.
-        append: Go on with a file that exists: what is in it is not written again, and a last line that was torn by a
-            crash is cut off.
+        append: Go on with a file that exists: what is in it is not written again, and a last line of ours that was
+            torn by a crash is cut off. A file of anything else is left as it is.
 
     Raises:
         ValueError: the file exists (without `append`), cannot be written, or holds something else.
@@ -98,25 +100,55 @@ def _part(path: str | Path) -> Path:
 
 
 def _resume(path: Path) -> set[tuple[str, str]]:
-    """What the file holds, after mending its end."""
+    """What the file holds, after mending its end; untouched unless all of it is articles of ours."""
     try:
-        _mend(path)
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        articles = parse_articles(content[:whole], path)
+        if last := content[whole:]:
+            articles += _mend(path, last, whole, follows=bool(articles))
     except OSError as error:
         raise ValueError(f"cannot append to {path}: {error.strerror}") from error
-    return {(article["state"], article["url"]) for article in read_articles(path)}
+    return {(article["state"], article["url"]) for article in articles}
 
 
-def _mend(path: Path) -> None:
-    """Cut off a last line without an end, or end it if it is whole."""
-    with open(path, "r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        last = content[whole:]
-        if not last:
-            return
-        try:
-            json.loads(last)
-        except ValueError:
-            file.truncate(whole)
-        else:
-            file.write(b"\n")
+def _mend(path: Path, last: bytes, at: int, *, follows: bool) -> list[Mapping[str, Any]]:
+    """End a last line that only lacks its end, or cut off one that was torn; return the article it holds, if any.
+
+    Args:
+        path: Where.
+        last: The line.
+        at: Where it begins.
+        follows: Whether articles stand before it.
+
+    Raises:
+        ValueError: it is neither an article nor the beginning of one.
+    """
+    try:
+        article = parse_articles(last, path)
+    except ValueError:
+        if not _is_torn(last, follows):
+            raise ValueError(f"cannot append to {path}: its last line is not an article, nor one torn") from None
+        os.truncate(path, at)
+        return []
+    with open(path, "ab") as file:
+        file.write(b"\n")
+    return article
+
+
+def _is_torn(line: bytes, follows: bool) -> bool:
+    """Whether the line is what a crash leaves of one of ours; where none stands before it, it must show more of that.
+
+    A power cut may leave zeros where the line was to be.
+    """
+    if _is_json(line):
+        return False
+    return line.startswith(_BEGINNING) or (follows and (_BEGINNING.startswith(line) or not line.strip(b"\0")))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

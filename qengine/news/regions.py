@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, cast
 
-__all__ = ["District", "StateUT", "find_state", "get_all_regions", "get_region_by_slug"]
+__all__ = ["District", "StateUT", "find_state", "get_all_regions", "get_region_by_name", "get_region_by_slug"]
 
 RegionType = Literal["state", "ut"]
 
@@ -198,6 +198,19 @@ def get_region_by_slug(slug: str) -> StateUT:
 def find_state(name: str) -> StateUT | None:
     """The region of that exact name, or None."""
     return _BY_NAME.get(name)
+
+
+def get_region_by_name(name: str) -> StateUT:
+    """The region of that exact name, such as ``"Tamil Nadu"``.
+
+    Raises:
+        ValueError: no region has it; the message names the nearest one that exists.
+    """
+    region = find_state(name)
+    if region is None:
+        nearest = difflib.get_close_matches(name.strip().title(), _BY_NAME, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown state {name!r}: did you mean {nearest!r}?")
+    return region
 
 
 def _nearest(slug: str) -> str:

@@ -110,7 +110,7 @@ _LIMITS: Final[Mapping[str, PublishedLimits]] = {
 
 
 @dataclass(slots=True)
-class Gate:
+class Turnstile:
     """Tells whether a request that arrives now is within a source's limits. Not thread-safe."""
 
     limits: PublishedLimits
@@ -220,14 +220,14 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What the gates say to a request: 200, or a refusal and the seconds after which it may come again."""
+    """What the turnstile says to a request: 200, or a refusal and the seconds after which it may come again."""
 
     status: int
     retry_after: float = 0.0
 
 
 class _Desk:
-    """What all connections share: the articles, the gates and the log."""
+    """What all connections share: the articles, the turnstiles and the log."""
 
     def __init__(
         self, articles: Iterable[Article], speed: float, log: TextIO | None, faults: Mapping[str, Fault]
@@ -236,7 +236,7 @@ class _Desk:
         self.faults = faults
         self._index = _index(articles)
         self._speed, self._log = speed, log
-        self._gates = {name: Gate(limits, speed) for name, limits in _LIMITS.items()}
+        self._turnstiles = {name: Turnstile(limits, speed) for name, limits in _LIMITS.items()}
         self._first_at: dict[str, float] = {}
         self._admitted: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._lock = threading.Lock()
@@ -253,10 +253,10 @@ class _Desk:
         return [article for key in keys for article in self._index.get((state.name, key, language), ())]
 
     def admit(self, source: str, query: str, language: str, found: int) -> tuple[_Verdict, _Request]:
-        """Pass a request through its source's gates and write it into the log, both at the same instant."""
+        """Pass a request through its source's turnstile and write it into the log, both at the same instant."""
         with self._lock:
             now = time.monotonic()
-            wait = self._gates[source].wait(now)
+            wait = self._turnstiles[source].wait(now)
             verdict = self._verdict(wait)
             elapsed = now - self._first_at.setdefault(source, now)
             admitted = self._admitted[source]

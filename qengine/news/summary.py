@@ -30,7 +30,7 @@ _COLUMNS: Final = (
 class Tally:
     """Counts what the engine does not know: articles, districts, and why calls failed.
 
-    `failed` may be called from any thread, the rest from one.
+    Thread-safe, as long as what it holds is only changed by one thread; `failed` may be called from any.
     """
 
     def __init__(self) -> None:
@@ -39,17 +39,20 @@ class Tally:
         self.districts: set[tuple[str, str]] = set()
         self.lost: list[dict[str, Any]] = []
         self._failed: Counter[tuple[str, str]] = Counter()
+        self._last_failure: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
     def articles(self) -> int:
         """How many articles were new."""
-        return self.new.total()
+        with self._lock:
+            return self.new.total()
 
     def article(self, article: ArticleRef, is_new: bool) -> None:
         """Count an article that a source brought."""
         self.found.setdefault(article.found_by, set()).add((article.state, article.url))
-        self.new[article.found_by] += is_new
+        with self._lock:
+            self.new[article.found_by] += is_new
 
     def result(self, result: QueryResult[NewsQuery]) -> None:
         """Count a result: which districts were asked about, and what was lost."""
@@ -67,8 +70,15 @@ class Tally:
 
     def failed(self, source: str, error: Exception) -> None:
         """Count a call that failed, whether or not it is tried again."""
+        text = str(error) or type(error).__name__
         with self._lock:
-            self._failed[source, str(error) or type(error).__name__] += 1
+            self._failed[source, text] += 1
+            self._last_failure[source] = text
+
+    def last_failure(self, source: str) -> str | None:
+        """The error of the source's last call that failed, None before."""
+        with self._lock:
+            return self._last_failure.get(source)
 
     def failed_calls(self) -> list[tuple[str, str, int]]:
         """Source, error and how often, the most frequent first."""

@@ -20,7 +20,7 @@ from news.support import Story, ask, lines_of, story
 from qengine import RateLimitError, TaskError
 from qengine.news import GNewsSource, GoogleNewsSource, NewsDataSource, NewsServer
 from qengine.news.formats import FORMATS
-from qengine.news.server import TOLERANCE, Fault, FaultKind, Gate, PublishedLimits
+from qengine.news.server import TOLERANCE, Fault, FaultKind, PublishedLimits, Turnstile
 
 Serve = Callable[..., NewsServer]
 FAST = 1e6
@@ -111,26 +111,26 @@ def test_above_the_daily_quota_it_says_403(serve: Serve) -> None:
 
 
 def test_the_rate_has_a_burst_of_one_and_a_tolerance_that_does_not_add_up() -> None:
-    gate = Gate(PublishedLimits(per_second=10.0), speed=1.0)
-    assert gate.wait(0.0) == 0.0
-    assert gate.wait(0.01) == pytest.approx(0.09)
-    assert gate.wait(0.06) == 0.0
-    assert gate.wait(0.12) == pytest.approx(0.08)     # due at 0.2, however early the one before came
-    assert gate.wait(0.16) == 0.0
+    turnstile = Turnstile(PublishedLimits(per_second=10.0), speed=1.0)
+    assert turnstile.wait(0.0) == 0.0
+    assert turnstile.wait(0.01) == pytest.approx(0.09)
+    assert turnstile.wait(0.06) == 0.0
+    assert turnstile.wait(0.12) == pytest.approx(0.08)     # due at 0.2, however early the one before came
+    assert turnstile.wait(0.16) == 0.0
 
 
 def test_refused_requests_count_towards_nothing() -> None:
-    gate = Gate(PublishedLimits(per_second=1.0, per_day=2), speed=1.0)
-    assert [gate.wait(now) == 0.0 for now in (0.0, 0.1, 0.2, 1.0)] == [True, False, False, True]
-    assert gate.wait(100.0) == float("inf")
+    turnstile = Turnstile(PublishedLimits(per_second=1.0, per_day=2), speed=1.0)
+    assert [turnstile.wait(now) == 0.0 for now in (0.0, 0.1, 0.2, 1.0)] == [True, False, False, True]
+    assert turnstile.wait(100.0) == float("inf")
 
 
 def test_a_window_rolls() -> None:
-    gate = Gate(PublishedLimits(per_second=1e9, window=(3, 900.0)), speed=100.0)
-    assert [gate.wait(now) for now in (0.0, 1.0, 2.0)] == [0.0, 0.0, 0.0]
-    assert gate.wait(8.9) == pytest.approx(0.1)
-    assert gate.wait(9.0 - TOLERANCE / 2) == 0.0
-    assert gate.wait(9.1) == pytest.approx(0.9)
+    turnstile = Turnstile(PublishedLimits(per_second=1e9, window=(3, 900.0)), speed=100.0)
+    assert [turnstile.wait(now) for now in (0.0, 1.0, 2.0)] == [0.0, 0.0, 0.0]
+    assert turnstile.wait(8.9) == pytest.approx(0.1)
+    assert turnstile.wait(9.0 - TOLERANCE / 2) == 0.0
+    assert turnstile.wait(9.1) == pytest.approx(0.9)
 
 
 def test_retry_after_is_in_the_sources_own_seconds(serve: Serve) -> None:
