@@ -286,7 +286,8 @@ class RunReport(Generic[P, V]):
         """Return the report, or raise an ExceptionGroup of the errors if any task failed."""
         if self.failure_count:
             errors = self.errors() or [QEngineError("their results were handed out by the stream")]
-            raise BaseExceptionGroup(f"{self.failure_count} tasks failed", errors)
+            ended = self.success_count + self.failure_count + self.skipped_count + self.cancelled_count
+            raise BaseExceptionGroup(f"{self.failure_count} of {ended} tasks failed", errors)
         return self
 
     def __repr__(self) -> str:

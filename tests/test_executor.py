@@ -435,7 +435,7 @@ def test_an_empty_run_succeeded() -> None:
 def test_failures_are_raised_as_a_group_or_not_at_all() -> None:
     executor = ConcurrentExecutor(fails_if_odd)
     assert executor.run([0, 2]).raise_for_failures().values() == [0, 2]
-    with pytest.raises(ExceptionGroup, match="2 tasks failed") as caught:
+    with pytest.raises(ExceptionGroup, match="2 of 4 tasks failed") as caught:
         executor.run(range(4)).raise_for_failures()
     assert [str(error) for error in caught.value.exceptions] == ["1 is odd", "3 is odd"]
 
@@ -454,3 +454,24 @@ def test_one_token_stops_several_runs_and_keeps_none_of_them() -> None:
     assert token._callbacks == []       # a token that outlives many runs must not hold on to them
     token.cancel("late")
     assert executor.run(range(10), token).stop_reason == "late"
+
+
+def test_what_a_task_used_of_each_unit_is_in_its_result() -> None:
+    policy = ExecutionPolicy(limits=[RateLimit(per_second=1e6, burst=1e6, unit="tokens")])
+    report = TaskScheduler(str, policy).run([Task(1, amount={"tokens": 100}), 2])
+    assert [dict(result.usage) for result in report.results] == [{"calls": 1.0, "tokens": 100.0}, {"calls": 1.0}]
+    assert report.usage == {"calls": 2.0, "tokens": 100.0}
+
+
+def test_a_streams_report_does_not_hide_failures_that_were_handed_out() -> None:
+    with ConcurrentExecutor(lambda payload: 1 / payload).stream([0, 1, 0]) as stream:
+        assert sorted(result.ok for result in stream) == [False, False, True]
+    assert stream.report is not None
+    with pytest.raises(ExceptionGroup, match="2 of 3 tasks failed"):
+        stream.report.raise_for_failures()
+
+
+@pytest.mark.parametrize("inputs", ["http://a.example", b"payload"])
+def test_a_string_is_not_taken_for_many_inputs(inputs: Any) -> None:
+    with pytest.raises(TypeError, match="put a single one into a list"):
+        ConcurrentExecutor(len).run(inputs)

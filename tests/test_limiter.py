@@ -464,3 +464,15 @@ def test_waits_grow_by_one_interval_each(clock: Clock) -> None:
     limiter = clock.limiter(RateLimit(per_second=4))
     admitted = [clock.now for _ in range(9) if limiter.acquire()]
     assert [later - sooner for sooner, later in pairwise(admitted)] == pytest.approx([0.25] * 8)
+
+
+def test_a_wait_that_hangs_on_an_outcome_is_not_refused_beforehand() -> None:
+    limiter = RateLimiter(Window(limit=1, seconds=0.05))
+    begun, end = threading.Event(), threading.Event()
+    scheduler = TaskScheduler(lambda _: begun.set() or end.wait(10), ExecutionPolicy(limits=[limiter]))
+    runner = threading.Thread(target=lambda: scheduler.run([0]))
+    runner.start()
+    assert begun.wait(10)
+    threading.Timer(0.05, end.set).start()
+    assert limiter.acquire(timeout=10), "the engine held the only slot, and gave it back in time"
+    runner.join()

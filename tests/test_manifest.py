@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_the_mapping_given_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    ({"concurency": 4}, "a key of the manifest is 'concurency', allowed is concurrency, "),
+    ({"concurency": 4}, "a key of the manifest is 'concurency', allowed is name, inputs, concurrency, "),
     ({"retry": {"tries": 3}}, "a key of retry is 'tries'"),
     ({"limits": [{"per_second": 1, "brust": 2}]}, "a key of an item of limits is 'brust'"),
     ({"limits": [{"limit": 1, "seconds": 0}]}, "seconds is 0"),
@@ -139,3 +140,17 @@ def test_what_is_wrong_in_a_file_is_said_with_its_path(
 def test_a_file_that_is_not_there_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RunManifest.load(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize("half", [{"limit": 30}, {"seconds": 900}])
+def test_half_a_window_is_refused_as_what_it_is(half: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="both limit and seconds"):
+        RunManifest.from_mapping({"limits": [half]})
+
+
+def test_any_mapping_will_do_and_no_other_thing() -> None:
+    assert RunManifest.from_mapping(MappingProxyType({"concurrency": 3})).policy.concurrency == 3
+    with pytest.raises(TypeError, match="the manifest is 7"):
+        RunManifest.from_mapping(7)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="policy is 'x'"):
+        RunManifest("x")  # type: ignore[arg-type]

@@ -158,3 +158,20 @@ def test_a_predicate_says_whether_or_after_how_many_seconds(said: Any, verdict: 
 def test_a_predicate_that_says_nonsense_is_refused(said: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="what retry_on returned"):
         RetryPolicy(3, retry_on=lambda error: said).verdict(OSError())
+
+
+def test_one_exception_class_stands_for_a_tuple_of_it_and_no_other_class_is_a_predicate() -> None:
+    retry = make_retry(max_attempts=2, retry_on=KeyError)
+    assert (retry.verdict(KeyError("k")), retry.verdict(OSError())) == (True, False)
+    with pytest.raises(TypeError, match="retry_on is"):
+        make_retry(retry_on=dict)
+
+
+def test_a_batch_backoff_without_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_backoff is 3"):
+        make_policy(batch_backoff=3)
+
+
+def test_a_rate_beyond_arithmetic_is_refused() -> None:
+    with pytest.raises(ValueError, match="per_second is 1e-320"):
+        make_limit(per_second=1e-320)

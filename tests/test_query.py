@@ -21,6 +21,7 @@ from qengine import (
     Source,
     StopConditions,
     TaskScheduler,
+    TaskStatus,
     TransientError,
 )
 
@@ -336,3 +337,51 @@ def test_a_hierarchy_within_a_task_works() -> None:
     inner = QueryExecutor([Source("x", echo)], Digits())
     report = TaskScheduler(lambda root: len(inner.run([root]).items), ExecutionPolicy()).run(["a", "b"])
     assert report.values() == [4, 4]
+
+
+@pytest.mark.parametrize("given", ["found", b"found", None, 7])
+def test_what_fetch_returns_must_be_an_iterable_that_is_no_string(given: Any) -> None:
+    (result,) = QueryExecutor([Source("x", lambda query: given)], Digits(depth=0)).run(["a"]).results
+    assert result.status is TaskStatus.ERROR
+    assert "fetch returned" in str(result.error)
+
+
+def test_a_coroutine_that_fetch_returns_is_closed_and_named() -> None:
+    (result,) = QueryExecutor([Source("x", lambda query: coroutine())], Digits(depth=0)).run(["a"]).results
+    assert "awaitable" in str(result.error)
+
+
+def test_a_plan_may_return_none_but_no_string() -> None:
+    class Odd(Digits):
+        def children(self, node: str, result: QueryResult[Any]) -> Any:
+            return None if node == "none" else "abc"
+
+    report = QueryExecutor([Source("x", echo)], Odd()).run(["none", "string"])
+    assert [str(error) for error in report.errors()] == [
+        "plan.children returned 'abc', allowed is None or an iterable that is not a string"
+    ]
+
+
+def test_a_node_that_cannot_be_compared_is_a_result_and_not_the_end_of_the_run() -> None:
+    class Odd:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("no two are alike")
+
+    class Flat(Digits):
+        def queries(self, node: Any, source: Source) -> Iterable[Any]:
+            return [0]
+
+        def children(self, node: Any, result: QueryResult[Any]) -> Iterable[Any]:
+            return ()
+
+    report = QueryExecutor([Source("x", lambda query: [1])], Flat()).run([Odd(), Odd(), "fine"])
+    assert (report.success_count, [str(error) for error in report.errors()]) == (2, ["no two are alike"])
+
+
+@pytest.mark.parametrize("roots", ["ab", b"ab"])
+def test_a_string_is_not_taken_for_many_roots(roots: Any) -> None:
+    with pytest.raises(TypeError, match="roots is"):
+        QueryExecutor([Source("x", echo)], Digits()).run(roots)
