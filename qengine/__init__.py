@@ -15,7 +15,7 @@ from .errors import (
     TaskTimeoutError,
     TransientError,
 )
-from .executor import ConcurrentExecutor, Stream, TaskScheduler
+from .executor import ConcurrentExecutor, TaskScheduler
 from .limiter import RateLimiter
 from .manifest import RunManifest
 from .model import (
@@ -32,6 +32,7 @@ from .model import (
 )
 from .policy import BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
 from .query import Plan, QueryExecutor, Source
+from .session import Stream
 
 __version__ = "0.1.0"
 

@@ -25,9 +25,9 @@ from .errors import (
     require_kind,
     require_positive,
 )
-from .executor import Face, Session, Stream, ThreadsGate, check_inputs, refuse_async, result_of, timeout_verdict
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
 from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits
+from .session import Face, Session, Stream, ThreadsGate, check_inputs, refuse_async, result_of, timeout_verdict
 
 N = TypeVar("N", bound=Hashable)
 

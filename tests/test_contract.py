@@ -698,7 +698,7 @@ def test_a_listener_that_raises_harms_no_run_and_is_reported_once(
 
     report = TaskScheduler(echo, ExecutionPolicy(timeout=5.0), on_event=listener).run(range(20))
     assert report.success_count == 20
-    assert len([record for record in caplog.records if record.name == "qengine.executor"]) == 1
+    assert len([record for record in caplog.records if record.name == "qengine.session"]) == 1
 
 
 # ---- 14: state has an owner ------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     next(now)                           the next step
     finished(attempt, outcome, now)     an attempt ended
-    offered(feed, items, ...)           a pull ended
+    turn(attempt, outcome, now)         both in one call
+    offered(feed, ended, error, now)    a pull ended
     delivered(lane)                     a consumer took results of that lane (streams only)
     revoked(attempt), cancel(reason)    before a worker picked it up; stop now
 
