@@ -3,7 +3,7 @@
 Rules:
 
 - whatever is wrong with the command is said before anything starts, and exits with 2;
-- what is wrong is one line, the last, never a page of usage before it;
+- what is wrong is said in one line, and where to read on in the next, without a page of usage before them;
 - exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
   never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after SIGTERM, with everything so far on disk;
 - articles go to a file, everything else to stderr.
@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,7 +121,10 @@ def _add_what(command: argparse.ArgumentParser) -> None:
 
 def _add_where_to(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("where to").add_argument
-    add("--out", type=_type(_file), metavar="FILE", help="the articles, as JSON lines (default: articles.jsonl; --demo: a new file)")
+    add(
+        "--out", type=_type(_file), metavar="FILE",
+        help="the articles, as JSON lines (default: articles.jsonl; --demo: a new file)",
+    )
     add("--append", action="store_true", help="go on with --out if it exists")
     add("--report", type=_type(_file), metavar="FILE", help="what became of the run, as JSON")
     add("--quiet", action="store_true", help="no progress and no table")
@@ -249,8 +252,8 @@ class _Collect:
                 tally=self.tally,
                 deadline=self.arguments.deadline,
                 cancel=self.token,
-                on_progress=progress and progress.result,
-                on_event=progress and progress.event,
+                on_progress=None if progress is None else progress.result,
+                on_event=None if progress is None else progress.event,
             )
             return self._conclude(report)
 
@@ -369,4 +372,5 @@ def _open_log(path: str) -> TextIO:
 
 
 def _say(text: str, prefix: str = "qengine collect: ") -> None:
-    print(f"{prefix}{text}\n", end="", file=sys.stderr, flush=True)  # one write: other threads say something too
+    with suppress(OSError):  # nobody reads it any more: no reason to stop collecting
+        print(f"{prefix}{text}\n", end="", file=sys.stderr, flush=True)  # one write: other threads say something too

@@ -30,7 +30,7 @@ _COLUMNS: Final = (
 class Tally:
     """Counts what the engine does not know: articles, districts, and why calls failed.
 
-    Thread-safe, as long as what it holds is only changed by one thread; `failed` may be called from any.
+    `failed`, `last_failure` and `articles` may be used from any thread, the rest from one.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from news.support import article
@@ -40,7 +42,9 @@ def test_a_district_is_told_only_where_it_can_be(title: str, districts: list[str
     ("[]\n", "line 1: not an article"),
     ('{"state": "Bihar"}\n', "line 1: not an article"),
     ('{"state": "Bihar", "url": 5}\n', "line 1: not an article"),
-    ("\n", "line 1: not JSON"),
+    ('\n\n{"state": "Bihar"}\n', "line 3: not an article"),
+    ('{"state": "Bihar", "url": "u", "district": ["Gaya"]}\n', "line 1: not an article: district must be a text"),
+    ('\n{"state": "Bihar", "url": "u", "language": {}}\n', "line 2: not an article: language must be a text"),
     ("[" * 100_000 + "\n", "line 1: not JSON"),
 ])
 def test_what_is_no_article_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -48,6 +52,24 @@ def test_what_is_no_article_is_refused_with_its_line(text: str, message: str, tm
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"day\.jsonl, {message}"):
         read_articles(path)
+
+
+def test_blank_lines_and_a_mark_at_the_beginning_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "day.jsonl"
+    text = '\ufeff{"state": "Bihar", "url": "u"}\r\n\n  \n{"state": "Goa", "url": "\u2028"}\n\n'
+    path.write_text(text, encoding="utf-8")
+    assert [found["state"] for found in read_articles(path)] == ["Bihar", "Goa"]
+
+
+def test_a_check_names_the_line(tmp_path: Path) -> None:
+    def check(article: Mapping[str, Any]) -> None:
+        if article["state"] == "Goa":
+            raise ValueError("not there")
+
+    path = tmp_path / "day.jsonl"
+    path.write_text('{"state": "Bihar", "url": "u"}\n\n{"state": "Goa", "url": "u"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"day\.jsonl, line 3: not there"):
+        read_articles(path, check)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

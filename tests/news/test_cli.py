@@ -24,6 +24,13 @@ QUICK = ("--states", "bihar,delhi,goa", "--speed", 2000)
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--states", "bihaar"], "unknown state 'bihaar': did you mean 'bihar'?"),
     (["--states", "bihar,"], "a state is missing in 'bihar,'"),
+    (["--out", ""], "argument --out: the name of a file is needed"),
+    (["--demo", "--report", ""], "argument --report: the name of a file is needed"),
+    (["--demo", "--server-log", ""], "argument --server-log: the name of a file is needed"),
+    (["--replay", "{listed}"], "listed.jsonl, line 2: not an article: district must be a text or null, not ['Gaya']"),
+    (["--replay", "{nowhere}", "--deadline", "1s"], "line 3: unknown state 'Bihaar': did you mean 'Bihar'?"),
+    (["--replay", "{empty}", "--deadline", "1s"], "empty.jsonl holds no articles"),
+    (["--replay", "{day}", "--out", "{notes}", "--append"], "its last line is not an article"),
     (["--sources", "gogle"], "unknown source 'gogle': did you mean 'google'?"),
     (["--terms", "none.toml"], "cannot read terms file none.toml"),
     (["--since", "24"], "duration must be a positive number and a unit"),
@@ -60,15 +67,100 @@ def test_bad_usage_is_refused_before_anything_starts(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"state": "Bihar", "url": "u"}\nnot json\n')
     (tmp_path / "terms.toml").write_text('[en]\na = ["x"]\n[hi]\na = ["y"]\n')
-    places = {"day": replayed, "bad": tmp_path / "bad.jsonl", "tmp": tmp_path, "terms": tmp_path / "terms.toml"}
+    (tmp_path / "listed.jsonl").write_text('\n{"state": "Bihar", "url": "u", "district": ["Gaya"]}\n')
+    (tmp_path / "nowhere.jsonl").write_text('{"state": "Bihar", "url": "u"}\n\n{"state": "Bihaar", "url": "u"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "notes").write_text("one line of notes")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("listed", "nowhere", "empty")}
+    places = {**files, "notes": tmp_path / "notes", "day": replayed}
+    places |= {"bad": tmp_path / "bad.jsonl", "tmp": tmp_path, "terms": tmp_path / "terms.toml"}
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     for name in ("NEWSDATA_API_KEY", "GNEWS_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    before = sorted(tmp_path.rglob("*"))
+    before = contents(tmp_path)
     assert main(["collect", *(argument.format(**places) for argument in arguments)]) == 2
-    assert message.format(**places) in capsys.readouterr().err
-    assert sorted(tmp_path.rglob("*")) == before
+    shown = capsys.readouterr().err
+    assert message.format(**places) in shown and "usage:" not in shown
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def test_what_is_wrong_is_one_line_and_where_to_read_on_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "--states", "bihaar"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "qengine collect: error: argument --states: unknown state 'bihaar': did you mean 'bihar'?",
+        "see python -m qengine collect --help",
+    ]
+    assert main(["colect"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "invalid choice: 'colect'" in first
+    assert second == "see python -m qengine --help"
+
+
+def test_the_help_names_every_exit_code_and_keeps_what_excludes_another_in_its_group(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["collect", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for code in ("0 done", "1 the articles or", "2 bad", "3 done, but", "4 stopped", "130 after", "143 after"):
+        assert code in shown
+    groups = {block.splitlines()[0]: block for block in shown.split("\n\n")}
+    assert "--since" in groups["what to collect:"] and "--date-range" in groups["what to collect:"]
+    assert "--demo" in groups["from where, and how:"] and "--replay" in groups["from where, and how:"]
+    assert "--" not in groups["options:"].replace("--help", "")
+
+
+@pytest.mark.parametrize("url", [
+    "gnews=http://h/?apikey=s3cr3t", "http://h/?apikey=s3cr3t", "gnews=http://user:s3cr3t@h/", "http://user:s3cr3t@h/",
+    "http://user:s3cr3t@h/?a=b",
+])
+def test_a_base_url_with_a_secret_is_not_echoed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "--base-url", url]) == 2
+    shown = capsys.readouterr().err
+    assert "base URL must be like" in shown
+    assert "s3cr3t" not in shown
+
+
+def test_names_may_be_written_in_capitals(replayed: Path, tmp_path: Path, serve: Serve, stories: list[Story]) -> None:
+    url = serve(stories, speed=2000).url("google")
+    done = run_cli(
+        "--replay", replayed, "--states", "Bihar,DELHI", "--sources", "Google", "--base-url", f"GOOGLE={url}",
+        "--speed", 2000, "--out", tmp_path / "out.jsonl", "--quiet",
+    )
+    assert done.returncode == 0, done.stderr
+    assert pairs(tmp_path / "out.jsonl") == FOUND
+
+
+def test_a_source_that_cannot_be_reached_is_named_while_it_runs(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = listener.getsockname()[1]
+    done = run_cli(
+        "--states", "bihar,delhi,goa", "--sources", "google", "--base-url", f"google=http://127.0.0.1:{closed}/x",
+        "--out", tmp_path / "out.jsonl", "--speed", 1000,
+    )
+    assert done.returncode == 3
+    said = [line for line in done.stderr.splitlines() if line.startswith("qengine collect: ")]
+    reason = "qengine collect: google cannot be reached: Connection refused; "
+    assert said == [
+        *(f"{reason}trying again in {seconds} s" for seconds in (0.03, 0.06, 0.12)),
+        f"{reason}giving up what waits for it",
+    ]
+
+
+def test_a_source_that_throttles_is_named_once_even_where_nobody_watches(tmp_path: Path, serve: Serve) -> None:
+    url = serve([], speed=0.5).url("google")     # half as much as it is asked for
+    done = run_cli(
+        "--states", "goa", "--sources", "google", "--base-url", f"google={url}", "--out", tmp_path / "out.jsonl",
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("qengine collect: ")]
+    assert said == [
+        "qengine collect: google answered 429 Too Many Requests; waiting 1 s, from now on without saying so each time"
+    ]
 
 
 def test_without_a_command_it_shows_the_help_and_exits_with_2() -> None:
@@ -99,7 +191,7 @@ def test_quiet_says_nothing(replayed: Path, tmp_path: Path) -> None:
 
 def test_append_writes_only_what_is_new(replayed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    out.write_text(article("http://a/bihar-en").to_line() + '{"torn', encoding="utf-8")
+    out.write_text(article("http://a/bihar-en").to_line() + '{"title": "torn', encoding="utf-8")
     done = run_cli("--replay", replayed, *QUICK, "--out", out, "--append", "--quiet")
     assert done.returncode == 0, done.stderr
     assert pairs(out) == FOUND

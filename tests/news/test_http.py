@@ -205,8 +205,15 @@ def test_loopback(url: str, local: bool) -> None:
 
 @pytest.mark.parametrize("url", [
     "", "127.0.0.1:80", "ftp://a/b", "http://", "http:///x", "http://a/b?q=1", "http://a/b#c", "http://a:x/",
-    "http://a b/", "http://a:99999/", "http://a/\n", "http://ä/",
+    "http://a b/", "http://a:99999/", "http://a/\n", "http://ä/", "http://user:pw@a/",
 ])
 def test_a_base_url_that_cannot_be_asked_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="base URL must be like"):
         check_base_url(url)
+
+
+@pytest.mark.parametrize("url", [f"http://a/?apikey={SECRET}", f"http://user:{SECRET}@a/", f"http://a/#{SECRET}"])
+def test_a_base_url_that_may_hold_a_secret_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(ValueError, match="without a query or a user") as caught:
+        check_base_url(url)
+    assert SECRET not in str(caught.value)

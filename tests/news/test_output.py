@@ -37,7 +37,7 @@ def test_a_file_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-@pytest.mark.parametrize("torn", ["", '{"state": "Goa", "u', "{", "\x00\x00"])
+@pytest.mark.parametrize("torn", ["", '{"title": "Heat", "u', '{"title": "\\u09', "{", "\x00\x00"])
 def test_append_goes_on_and_cuts_off_a_torn_line(torn: str, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(article("http://a/1").to_line() + torn, encoding="utf-8")
@@ -53,6 +53,28 @@ def test_append_keeps_a_last_line_that_only_lacks_its_end(tmp_path: Path) -> Non
     with ArticleFile(path, append=True) as out:
         out.add(article("http://a/2"))
     assert pairs(path) == {("Bihar", "http://a/1"), ("Bihar", "http://a/2")}
+
+
+def test_append_goes_on_where_the_very_first_line_was_torn(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(article("http://a/लू").to_line().encode()[:-60])
+    with ArticleFile(path, append=True) as out:
+        assert out.add(article("http://a/2"))
+    assert pairs(path) == {("Bihar", "http://a/2")}
+
+
+@pytest.mark.parametrize("content", [
+    "line one\nline two", "one line of notes", "{", "{settings", "[1, 2",
+    '{"settings": {', '{"title": "A book"}', "\x00\x00",
+    '{"state": "Bihar", "url": "u"}\na remark', '{"state": "Bihar", "url": "u"}\n{"title": "A book"}',
+    '{"state": "Bihar", "url": "u"}\nnot one\n{"title": "A b', '\ufeff{"torn',
+])
+def test_append_leaves_a_file_alone_that_is_not_ours(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        ArticleFile(path, append=True)
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_append_starts_a_file_that_is_not_there(tmp_path: Path) -> None:

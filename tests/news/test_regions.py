@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qengine.news import District, StateUT, get_all_regions, get_region_by_slug
+from qengine.news.regions import get_region_by_name
 
 
 def test_there_are_36_regions_and_725_districts() -> None:
@@ -50,6 +51,12 @@ def test_a_region_that_speaks_english_only_is_asked_once() -> None:
 def test_an_unknown_slug_is_named_with_the_nearest_right_one(wrong: str, right: str) -> None:
     with pytest.raises(ValueError, match=f"unknown state '{wrong}': did you mean '.*{right}.*'"):
         get_region_by_slug(wrong)
+
+
+def test_a_name_is_exact_and_an_unknown_one_is_told_the_nearest() -> None:
+    assert get_region_by_name("Tamil Nadu").slug == "tamil-nadu"
+    with pytest.raises(ValueError, match="unknown state 'bihar': did you mean 'Bihar'"):
+        get_region_by_name("bihar")
 
 
 def test_districts_know_their_state() -> None:

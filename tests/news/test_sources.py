@@ -196,6 +196,13 @@ def test_speed_scales_limits_and_backoff_but_neither_timeout_nor_budget() -> Non
     assert (fast.timeout, fast.budget) == (real.timeout, real.budget)
 
 
+def test_no_repr_shows_a_password() -> None:
+    with pytest.raises(ValueError, match="without a query or a user") as caught:
+        GNewsSource(SECRET, base_url=f"http://user:{SECRET}@news.example/")
+    assert SECRET not in str(caught.value)
+    assert repr(GNewsSource(SECRET, base_url="http://h/x")) == "GNewsSource('http://h/x')"
+
+
 def test_gnews_speaks_eight_languages_the_others_all() -> None:
     asked = [ask("loo Bihar", language=language) for language in HEAT.languages]
 
