@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,6 +105,14 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     words = before.found(abandons=marker is not None)
     if words:
         pytest.fail("the test left behind " + "; ".join(words), pytrace=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what would hang under coverage, whose own lock stays held when a signal handler raises in it."""
+    if "coverage" in sys.modules:
+        for item in items:
+            if item.get_closest_marker("interrupted_anywhere"):
+                item.add_marker(pytest.mark.skip(reason="coverage's lock does not survive an interrupt at any instant"))
 
 
 @pytest.fixture
