@@ -50,6 +50,7 @@ def test_a_scheduler_starts_afresh_in_the_child() -> None:
     assert in_child("scheduler.run([-2]).values() == [2]", {"scheduler": scheduler})
 
 
+@pytest.mark.not_under_coverage
 def test_a_lock_held_by_another_thread_does_not_hang_the_child() -> None:
     limiter = RateLimiter(RateLimit(per_second=1e6, burst=1e6))
     stop = threading.Event()

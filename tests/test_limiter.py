@@ -385,7 +385,7 @@ def test_an_interrupted_wait_leaves_no_lock_held() -> None:
 
 
 @pytest.mark.stress
-@pytest.mark.interrupted_anywhere
+@pytest.mark.not_under_coverage
 def test_interrupted_at_any_point_a_limiter_still_serves(stress_count: Callable[[int], int]) -> None:
     rng = random.Random(5)
     limiter = RateLimiter(RateLimit(per_second=1e5, burst=1))

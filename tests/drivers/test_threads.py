@@ -124,7 +124,7 @@ def test_an_interrupted_call_disturbs_no_other_call(never: threading.Event) -> N
     assert answers == [0.3]
 
 
-@pytest.mark.interrupted_anywhere
+@pytest.mark.not_under_coverage
 def test_an_interrupt_leaves_nothing_that_the_next_run_could_miss() -> None:
     policy = ExecutionPolicy(concurrency=3, limits=[RateLimit(per_second=1e5, burst=5), Window(5000, 0.001)])
     scheduler = TaskScheduler(lambda payload: sleep(0.001), policy)
