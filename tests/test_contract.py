@@ -485,8 +485,8 @@ def test_a_stream_takes_no_more_than_it_may(world: World, concurrency: int, look
     handed_out: list[int] = []
 
     def consume(result: Any) -> bool:
+        handed_out.append(result.value)     # first: the intake counts it as handed out already
         ahead.append(inputs.taken - len(handed_out))
-        handed_out.append(result.value)
         return True
 
     policy = ExecutionPolicy(concurrency=concurrency, lookahead=lookahead)
