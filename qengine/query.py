@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.steps import Raised
-from .core.tree import NodeKey, Tree
+from .core.tree import NodeKey, Tree, place_below
 from .drivers.calls import check_value
 from .errors import (
     optional,
@@ -299,7 +299,7 @@ class _Feeds:
 
     def node_of(self, rank: Rank, lane: Lane, parent: Any = None) -> Callable[[Any], Any]:
         """Return what prepares a node: its hash is asked for here, outside the core."""
-        level = rank[0] + 1 if rank else 0
+        level, _ = place_below(rank)
 
         def prepare(item: Any) -> NodeKey | Attempt:
             if isinstance(item, Raised):  # what plan.children raised

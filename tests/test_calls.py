@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from shared import in_threads
 
 from qengine import BreakerOpenError, BudgetExceededError, ExecutionPolicy, Task, TaskScheduler, TaskTimeoutError
 
@@ -20,11 +21,7 @@ def answers_of(scheduler: TaskScheduler[Any, Any], payloads: list[Any]) -> list[
         except BaseException as error:
             answers[position] = error
 
-    threads = [threading.Thread(target=ask, args=(position,)) for position in range(len(payloads))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(len(payloads), ask)
     return answers
 
 

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from shared import assert_refused_at_the_door, in_threads
 
 from qengine import (
     BreakerOpenError,
@@ -41,14 +42,6 @@ def fails_if_odd(payload: int) -> int:
     if payload % 2:
         raise TaskError(f"{payload} is odd")
     return payload
-
-
-def in_threads(count: int, action: Callable[[int], object]) -> None:
-    threads = [threading.Thread(target=action, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 # ---- refused at the door ---------------------------------------------------------------------------------------------
@@ -118,13 +111,7 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_a_bad_argument_is_refused_by_name_before_anything_starts(
     make: Callable[[], object], kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[threading.Thread] = []
-    monkeypatch.setattr(threading.Thread, "start", started.append)
-    with pytest.raises(kind) as caught:
-        make()
-    assert words in str(caught.value)
-    assert "allowed is" in str(caught.value)
-    assert not started
+    assert_refused_at_the_door(make, kind, words, monkeypatch)
 
 
 def test_a_predicate_is_not_asked_about_a_timeout_it_cannot_know_before_one_happens() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from contract_support import breaches, most_in_any_window
 from freezegun import freeze_time
+from shared import in_threads
 
 from qengine import ExecutionPolicy, RateLimit, RateLimiter, TaskScheduler, Window
 
@@ -250,14 +251,6 @@ def test_random_use_on_a_fake_clock_keeps_every_window(stress_count: Callable[[i
 
 
 # ---- real threads ----------------------------------------------------------------------------------------------------
-
-
-def in_threads(count: int, action: Callable[[int], object]) -> None:
-    threads = [threading.Thread(target=action, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def test_waiters_are_served_in_the_order_they_came() -> None:

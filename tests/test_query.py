@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+from shared import assert_refused_at_the_door
 
 from qengine import (
     CancellationToken,
@@ -324,13 +325,7 @@ PLAN, SOURCE = Digits(), Source("x", echo)
 def test_a_bad_argument_is_refused_by_name_before_anything_starts(
     make: Callable[[], object], kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[threading.Thread] = []
-    monkeypatch.setattr(threading.Thread, "start", started.append)
-    with pytest.raises(kind) as caught:
-        make()
-    assert words in str(caught.value)
-    assert "allowed is" in str(caught.value)
-    assert not started
+    assert_refused_at_the_door(make, kind, words, monkeypatch)
 
 
 def test_a_hierarchy_within_a_task_works() -> None:

@@ -31,7 +31,7 @@ from .limits import part_of
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
-from .tree import PULL_GRACE, NodeKey, Tree
+from .tree import PULL_GRACE, NodeKey, Tree, place_below
 
 SUCCEEDED = TaskStatus.SUCCEEDED
 FAILED = TaskStatus.FAILED
@@ -448,8 +448,7 @@ class Run:
                 for lane in self.lanes:
                     self._activate(lane)
             else:  # a bad one
-                level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
-                item.rank = (0, level, path, 0, self._index)
+                item.rank = (0, *place_below(feed.rank), 0, self._index)
                 self._take(item, None, now)
         if self.stop_reason is not None:
             self._cancel_waiting(now)

@@ -93,7 +93,7 @@ class Tree:
         if key in self._seen:
             return
         self._seen.add(key)
-        level, path = (feed.rank[0] + 1, feed.rank[1]) if feed.rank else (0, ())
+        level, path = place_below(feed.rank)
         rank = (level, (*path, feed.taken))
         for lane in lanes:
             self._order += 1
@@ -147,6 +147,11 @@ class Tree:
             return self._roots
         _, _, entry = heappop(lane.nodes)
         return entry if isinstance(entry, Feed) else self._queries_feed(entry, lane, rank)
+
+
+def place_below(rank: Rank) -> Rank:
+    """Return the (level, path) below which a feed's nodes stand: the roots' feed has no rank."""
+    return (rank[0] + 1, rank[1]) if rank else (0, ())
 
 
 def place_of(attempt: Attempt) -> Rank:
