@@ -181,6 +181,14 @@ class Session:
         self.crew.wait(INTERRUPT_SECONDS)
         self._unsubscribe()
 
+    def abort_for(self, error: BaseException) -> None:
+        """Stop it because of what interrupted the caller.  A second Ctrl-C adds nothing: the first is on its way."""
+        try:
+            self.abort("interrupted")
+        except KeyboardInterrupt:
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+
     def join(self) -> None:
         """Wait for the threads of a run that is over, and tell what is left to tell."""
         self._unsubscribe()
@@ -338,7 +346,7 @@ class Stream(Generic[P, V]):
         try:
             return action()
         except BaseException as error:
-            self._session.abort("interrupted")
+            self._session.abort_for(error)
             self._end()
             assert self.report is not None
             attach_report(error, self.report)
@@ -378,7 +386,7 @@ class Face:
             session.crew.wait()
             session.join()
         except BaseException as error:
-            session.abort("interrupted")
+            session.abort_for(error)
             self.last_report = session.report(results)
             attach_report(error, self.last_report)
             raise

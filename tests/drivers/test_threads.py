@@ -305,3 +305,40 @@ def test_no_race_ends_a_cancelled_run_badly(stress_count: Callable[[int], int]) 
         report = ConcurrentExecutor(abs, policy).run(iter(range(200)))
         assert report.success_count >= 1 + number
         assert {result.status.value for result in report.results} <= {"succeeded", "cancelled"}
+
+
+@pytest.mark.abandons("calls that sleep are given up")
+def test_a_second_interrupt_does_not_lose_the_report() -> None:
+    interrupts = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts <= 2:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    executor = ConcurrentExecutor(lambda payload: sleep(0.5), ExecutionPolicy(concurrency=2))
+    held = executor._session        # the second comes while the first is being dealt with
+    executor._session = lambda *args, **fields: interrupted_again(held(*args, **fields))  # type: ignore[method-assign]
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            executor.run(range(10))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts == 2
+    assert caught.value.report is executor.last_report       # type: ignore[attr-defined]
+
+
+def interrupted_again(session: Any) -> Any:
+    wait = session.crew.wait
+
+    def wait_and_be_interrupted(timeout: float | None = None) -> bool:
+        if timeout is not None:
+            os.kill(os.getpid(), signal.SIGALRM)
+        return bool(wait(timeout))
+
+    session.crew.wait = wait_and_be_interrupted
+    return session
