@@ -233,6 +233,7 @@ class Lane:
         "retries_timeouts",
         "retry",
         "running",
+        "settles_at",
         "stats",
         "success_count",
         "taken",
@@ -290,6 +291,7 @@ class Lane:
         self.first_answer: float | None = None
         self.last_answer: float | None = None
         self.last_given_up = -math.inf
+        self.settles_at = -math.inf  # before, those given up last may still end
         self.stats = SourceReport(self.name)
         self.batch_started = 0  # tasks of this batch that were started
         self.batch_open = 0  # those of them without a result

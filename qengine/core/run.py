@@ -5,7 +5,9 @@
     turn(attempt, outcome, now)         both in one call
     offered(feed, ended, error, now)    a pull ended
     delivered(lane)                     a consumer took results of that lane (streams only)
-    revoked(attempt), cancel(reason)    before a worker picked it up; stop now
+    revoked(attempt)                    it was given up before a worker picked it up
+    withdrawn(attempt, reason, now)     nobody wants its result any more
+    cancel(reason, now)                 stop
 
 Rules: it knows no clock, lock, thread, event loop, file or random source: time and rng are passed in.  No user code
 runs in it.  All waiting is in it: rate, window, retry, breaker, batch, timeout and deadline are instants, so a driver
@@ -46,6 +48,8 @@ lane's order, started_at and duration: less to keep, and nothing for the garbage
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
+SETTLING = 0.100
+"""Seconds in which a call that was given up may still end, as it is told to, before it counts as one that hangs."""
 INF = math.inf
 _END = object()
 
@@ -154,7 +158,7 @@ class Run:
         try:
             self._running.remove(attempt)
         except KeyError:
-            self._late(attempt, now)
+            self._late(attempt, outcome, now)
             return False
         lane.running -= 1
         attempt.duration = now - attempt.started_at
@@ -285,6 +289,16 @@ class Run:
             lane.budget += 1
         attempt.number -= 1
         lane.gate.revoke(attempt.amount)
+
+    def withdrawn(self, attempt: Attempt, reason: str, now: float) -> None:
+        """Cancel one task, wherever it is: whoever submitted it no longer waits for it."""
+        if attempt.status is not None:
+            return
+        if attempt in self._running:
+            self._abandon(attempt, now, reason, None)
+        else:
+            self._take_from_queue(attempt)
+        self._cancel_one(attempt, now, reason)
 
     def wake(self, lane: Lane, now: float) -> None:
         """Note that another run, which shares the lane's gate, had an outcome."""
@@ -532,6 +546,8 @@ class Run:
         shut = breaker is not None and breaker.state is not CLOSED
         hangs = lane.abandoned >= lane.max_abandoned
         if hangs:
+            if now < lane.settles_at:
+                return lane.settles_at
             gate.keep_shut(now)
         if (shut or hangs or (lane.budget is not None and lane.budget < 1)) and self._skipped(lane, attempt, now):
             return now
@@ -730,10 +746,12 @@ class Run:
             lane.batch_at = now + lane.batch_backoff
             self._activate(lane)
 
-    def _late(self, attempt: Attempt, now: float) -> None:
-        """An answer came to an attempt that had been given up: it is dropped, and its thread is no longer lost."""
+    def _late(self, attempt: Attempt, outcome: Any, now: float) -> None:
+        """An attempt that had been given up came to its end: an answer is dropped, and its worker is no longer lost."""
         attempt.lane.abandoned -= 1
-        self._tell("late", now, attempt)
+        self._activate(attempt.lane)
+        if not (type(outcome) is Raised and outcome.cancelled):  # a call that ended as it was told to gave no answer
+            self._tell("late", now, attempt)
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
@@ -764,17 +782,16 @@ class Run:
                 self._abandon_all(now)
             elif timer is Timer.GIVE_UP:
                 self._give_up(what, now)
+            elif timer is Timer.HANGS:
+                self._shut_if_hung(what, now)
             else:
                 self._drop_pulls(now)
         self.due_at = min(self._scan_at, timers.next_at)
 
     def _give_up(self, attempt: Attempt, now: float) -> None:
         """End a task whose time is over while it waits for another attempt: the failure it had stands."""
-        heap, trail = attempt.lane.heap, attempt.trail
-        waiting = [entry for entry in heap if entry[1] is attempt]
-        if waiting and trail is not None and trail.error is not None:
-            heap.remove(waiting[0])
-            heapify(heap)
+        trail = attempt.trail
+        if trail is not None and trail.error is not None and self._take_from_heap(attempt):
             self._return_budget(attempt)
             self._fail(attempt, trail.error, now)
 
@@ -796,10 +813,17 @@ class Run:
         self._abandon(attempt, now, "timeout", False)
         if lane.abandoned >= lane.max_abandoned:
             lane.guarded = True
-            if lane.gate.keep_shut(now):
-                self._tell("breaker_opened", now, attempt, "too many calls hang")
+            lane.settles_at = now + SETTLING
+            self._set_timer(lane.settles_at, Timer.HANGS, attempt)
         error = TaskTimeoutError(f"no answer after {attempt.timeout:g} s")
         self._failed(self._replaced(attempt), error, lane.retries_timeouts, now)
+
+    def _shut_if_hung(self, attempt: Attempt, now: float) -> None:
+        """Shut a lane's gate if as many calls hang as may; those that ended when they were told to do not."""
+        lane = attempt.lane
+        if lane.abandoned >= lane.max_abandoned and lane.gate.keep_shut(now):
+            self._tell("breaker_opened", now, attempt, "too many calls hang")
+        self._activate(lane)
 
     def _abandon(self, attempt: Attempt, now: float, reason: str, verdict: bool | None) -> None:
         lane = attempt.lane
@@ -851,13 +875,30 @@ class Run:
         for attempt in self._timers.take_out(Timer.RETRY):
             self._cancel_one(attempt, now)
 
-    def _cancel_one(self, attempt: Attempt, now: float) -> None:
+    def _cancel_one(self, attempt: Attempt, now: float, reason: str | None = None) -> None:
         trail = attempt.trail
         if trail is not None and trail.error is not None:
             attempt.outcome = Raised(trail.error)
             self._return_budget(attempt)
-        attempt.reason = self.stop_reason
+        attempt.reason = reason or self.stop_reason
         self._end(attempt, CANCELLED, now)
+
+    def _take_from_queue(self, attempt: Attempt) -> None:
+        """Take a task that waits out of wherever it waits."""
+        fifo = attempt.lane.fifo
+        if attempt in fifo:
+            fifo.remove(attempt)
+        elif not self._take_from_heap(attempt):
+            self._timers.remove(Timer.RETRY, attempt)
+
+    @staticmethod
+    def _take_from_heap(attempt: Attempt) -> bool:
+        heap = attempt.lane.heap
+        waiting = [entry for entry in heap if entry[1] is attempt]
+        if waiting:
+            heap.remove(waiting[0])
+            heapify(heap)
+        return bool(waiting)
 
     def _abandon_all(self, now: float) -> None:
         for attempt in sorted(self._running, key=_by_index):

@@ -17,6 +17,7 @@ class Timer(Enum):
     DEADLINE = "deadline"  # the run's time is over
     DRAINED = "drained"  # what still runs is given up
     PULLS = "pulls"  # what is still being pulled is given up
+    HANGS = "hangs"  # a lane's calls that were given up had their time to end
 
 
 class Timers:
@@ -42,6 +43,11 @@ class Timers:
         """Take out the next."""
         _, _, timer, what = heappop(self._heap)
         return timer, what
+
+    def remove(self, kind: Timer, what: Any) -> None:
+        """Take out what is set for one thing."""
+        self._heap = [entry for entry in self._heap if not (entry[2] is kind and entry[3] is what)]
+        heapify(self._heap)
 
     def take_out(self, kind: Timer) -> list[Any]:
         """Take out all of one kind, and return what they were for, in order."""

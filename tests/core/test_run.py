@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections import Counter
@@ -37,6 +38,7 @@ from qengine import (
 from qengine.core.breaker import BreakerState
 from qengine.core.bucket import CATCH_UP
 from qengine.core.lane import Attempt, Feed, Lane
+from qengine.core.run import SETTLING
 from qengine.core.steps import DONE, Cancel, Raised, Wait
 
 SUCCEEDED, FAILED, ERROR, TIMEOUT, CANCELLED, SKIPPED = TaskStatus
@@ -675,20 +677,33 @@ def test_too_many_hung_calls_open_the_breaker() -> None:
     trial = Trial(lane, data="abcdef")
     one, two = trial.start(0.0)
     *_, wait = trial.steps(1.0)
-    assert isinstance(wait, Wait) and wait.until == 31.0
+    assert isinstance(wait, Wait) and wait.until == 1.0 + SETTLING, "they may still end, as they are told to"
+    assert trial.wait_until(1.0 + SETTLING) == 31.0 + SETTLING
     assert not is_closed(lane)
-    assert trial.told("breaker_opened") == [(1.0, "breaker_opened", 1)]
+    assert trial.told("breaker_opened") == [(1.0 + SETTLING, "breaker_opened", 1)]
     for hung in (one, two):
         trial.run.finished(hung, "late", 20.0)
-    (probe,) = trial.start(31.0)
+    (probe,) = trial.start(31.0 + SETTLING)
     trial.succeed(probe, 31.5)
     assert len(trial.start(31.5)) == 2
+
+
+def test_calls_that_end_when_they_are_told_to_do_not_hang() -> None:
+    lane = make_lane(concurrency=2, timeout=1.0, breaker=HUNG)
+    trial = Trial(lane, data="abcdef")
+    one, two = trial.start(0.0)
+    trial.steps(1.0)
+    for given_up in (one, two):
+        trial.run.finished(given_up, Raised(asyncio.CancelledError(), cancelled=True), 1.0)
+    assert payloads(trial.start(1.0)) == ["c", "d"]
+    assert trial.told("late", "breaker_opened") == []
+    assert trial.run.abandoned == 0
 
 
 def test_as_long_as_they_hang_no_probe_is_made_and_in_the_end_the_rest_is_skipped() -> None:
     lane = make_lane(concurrency=2, timeout=1.0, breaker=HUNG)
     trial = Trial(lane, data=range(50))
-    assert drive(trial, answer(math.inf)) == 1.0 + 30 + 60 + 120
+    assert drive(trial, answer(math.inf)) == pytest.approx(1.0 + SETTLING + 30 + 60 + 120)
     assert lane.calls == 2
     assert Counter(trial.statuses) == {TIMEOUT: 2, SKIPPED: 48}
     assert set(trial.reasons[2:]) == {"breaker_open"}
@@ -714,6 +729,27 @@ def test_those_that_time_out_together_do_so_in_order() -> None:
     trial.start(0.0)
     trial.steps(1.0)
     assert [index for _, _, index in trial.told("timeout")] == list(range(30))
+
+
+# ---- one task that nobody wants any more ---------------------------------------------------------------------------
+
+
+def test_a_task_withdrawn_is_cancelled_wherever_it_is_and_no_other() -> None:
+    lane = make_lane(RateLimit(per_second=1), retry=STEADY, concurrency=2)
+    trial = Trial(lane, inputs=[Task("running"), Task("backing off"), Task("low", priority=1), Task("fifo"), "stays"])
+    (running,) = trial.start(0.0)
+    (second,) = trial.start(1.0)
+    trial.fail(second, 1.0)
+    waiting = {attempt.payload: attempt for attempt in trial.records}
+    for name in ("running", "backing off", "low", "fifo"):
+        trial.run.withdrawn(waiting[name], "nobody waits", 1.5)
+    trial.run.withdrawn(running, "nobody waits", 1.5)
+    assert trial.reasons == ["nobody waits"] * 4 + [None]
+    step = trial.run.next(1.5)
+    assert isinstance(step, Cancel) and step.target is running
+    assert drive(trial, answer()) == 2.0
+    assert trial.statuses == [CANCELLED] * 4 + [SUCCEEDED]
+    assert trial.told("start")[-1] == (2.0, "start", 4)
 
 
 # ---- breaker ---------------------------------------------------------------------------------------------------------
