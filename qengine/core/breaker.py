@@ -56,6 +56,15 @@ class Breaker:
         self._probe: object = None
         self._probes_passed = 0
 
+    def twin(self, now: float, to: float) -> Breaker:
+        """Return another of the same state, on a clock that shows `to` where this one shows `now`; no probe is out."""
+        other = Breaker(self._policy)
+        other.state, other.spotless = self.state, self.spotless
+        other._failed_in_row, other._reopens = self._failed_in_row, self._reopens
+        other._recent.extend(self._recent)
+        other._probes_passed, other._reset_at = self._probes_passed, self._reset_at - now + to
+        return other
+
     def ready_at(self, now: float) -> float:
         """Return when it lets an attempt through: `now` or before, or infinity while a probe is out."""
         if self.state is CLOSED:

@@ -53,6 +53,10 @@ class TokenBucket:
         """Return the state as if `amount` had not been taken."""
         return zero_at - amount * self.interval
 
+    def moved(self, zero_at: float, now: float, to: float) -> float:
+        """Return the state on another clock, which shows `to` where this one shows `now`."""
+        return max(to - self.span, zero_at - now + to)
+
     def available(self, zero_at: float, now: float) -> float:
         """Return the tokens there now; below 0 where places in the line are taken."""
         if self.interval == 0.0:

@@ -54,6 +54,16 @@ class Gate:
         self.breaker = None if self._policy is None else Breaker(self._policy)
         self.active = bool(self._limit_sets) or self.breaker is not None  # an idle gate costs a run nothing
 
+    def twin(self, now: float, to: float, make_lock: Callable[[], Lock]) -> Gate:
+        """Return another of the same state, on a clock that shows `to` where this one shows `now`."""
+        limit_sets = [limits.twin(now, to, make_lock()) for limits in self._limit_sets]
+        other = Gate(limit_sets, self._policy, make_lock())
+        if self.breaker is not None:
+            other.breaker = self.breaker.twin(now, to)
+        if self._paused_until > now:
+            other.pause(self._paused_until - now + to)
+        return other
+
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
         check_units(amount, {unit for limits in self._limit_sets for unit in limits.units})

@@ -48,12 +48,13 @@ class Lock(Protocol):
 class LimitSet:
     """Rules, and their states in one tuple.  `lock` makes it safe between threads."""
 
-    __slots__ = ("_lock", "_only", "_states", "_tokens", "_watchers", "has_windows", "rules")
+    __slots__ = ("_declared", "_lock", "_only", "_states", "_tokens", "_watchers", "has_windows", "rules")
 
     def __init__(
         self, limits: Iterable[RateLimit | Window], now: float, lock: Lock, tokens: float | None = None
     ) -> None:
-        self.rules = tuple(make_rule(limit) for limit in limits)
+        self._declared = tuple(limits)
+        self.rules = tuple(make_rule(limit) for limit in self._declared)
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
         self._only = self.rules[0] if len(self.rules) == 1 else None
         self._tokens = tokens
@@ -64,6 +65,13 @@ class LimitSet:
         self._lock = lock
         self._states: tuple[Any, ...] = tuple(rule.initial(now, self._tokens) for rule in self.rules)
         self._watchers: list[Callable[[], object]] = []
+
+    def twin(self, now: float, to: float, lock: Lock) -> LimitSet:
+        """Return another of the same limits and state, on a clock that shows `to` where this one shows `now`."""
+        other = LimitSet(self._declared, to, lock, self._tokens)
+        pairs = zip(self.rules, self._states, strict=True)
+        other._states = tuple([rule.moved(state, now, to) for rule, state in pairs])
+        return other
 
     @property
     def units(self) -> set[str]:

@@ -64,6 +64,11 @@ class RollingWindow:
                 return slots[:position] + slots[position + 1 :]
         return slots
 
+    def moved(self, slots: Slots, now: float, to: float) -> Slots:
+        """Return the state on another clock, which shows `to` where this one shows `now`; slots held run out."""
+        ends = ((min(expires_at, now + self.seconds) - now + to, size) for expires_at, size in slots)
+        return tuple(slot for slot in ends if slot[0] > to)
+
     def available(self, slots: Slots, now: float) -> float:
         """Return the units that may be taken now."""
         return self.most - sum(size for expires_at, size in slots if expires_at > now)
