@@ -5,7 +5,10 @@ Standard library only; the folder can be copied into any program.  See README.md
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from .drivers.calls import current_attempt
+from .drivers.handover import in_thread
 from .errors import (
     BreakerOpenError,
     BudgetExceededError,
@@ -33,6 +36,34 @@ from .model import (
 from .policy import BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
 from .query import Plan, QueryExecutor, Source
 from .session import Stream
+from .simulation import simulate
+
+if _TYPE_CHECKING:
+    from .aio import AsyncConcurrentExecutor as AsyncConcurrentExecutor
+    from .aio import AsyncQueryExecutor as AsyncQueryExecutor
+    from .aio import AsyncStream as AsyncStream
+    from .aio import AsyncTaskScheduler as AsyncTaskScheduler
+    from .aio_limiter import AsyncRateLimiter as AsyncRateLimiter
+else:  # loaded when they are first asked for: asyncio is not for everybody
+    _LAZY = {
+        "AsyncConcurrentExecutor": "aio",
+        "AsyncQueryExecutor": "aio",
+        "AsyncRateLimiter": "aio_limiter",
+        "AsyncStream": "aio",
+        "AsyncTaskScheduler": "aio",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY})
+
 
 __version__ = "0.1.0"
 
@@ -69,4 +100,6 @@ __all__ = [
     "TransientError",
     "Window",
     "current_attempt",
+    "in_thread",
+    "simulate",
 ]

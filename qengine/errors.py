@@ -93,6 +93,15 @@ def require_at_least(name: str, value: object, least: float) -> float:
     return number
 
 
+def require_duration(name: str, value: object) -> float:
+    """Refuse what is not a number of seconds; infinity is one."""
+    allowed = "a number of seconds, 0 or more"
+    number = require_number(name, value, allowed)
+    if number < 0:
+        refuse(name, value, allowed)
+    return number
+
+
 def require_count(name: str, value: object, least: int = 1) -> int:
     """Refuse what is not a whole number of `least` or more."""
     allowed = f"a whole number >= {least}"

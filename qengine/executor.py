@@ -9,26 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from dataclasses import replace
-from queue import SimpleQueue
 from threading import Lock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, handful_of
 from .core.steps import Raised
-from .drivers.calls import is_plain_data, run_in
+from .drivers.calls import is_plain_data, refuse_async, run_in
+from .drivers.virtual import VirtualClock
 from .errors import optional, refuse, require_callable, require_kind
 from .manifest import RunManifest
 from .model import CancellationToken, Event, RunReport, Task
 from .policy import ExecutionPolicy, StopConditions
 from .session import (
     Face,
+    OwnedGate,
+    Reporting,
     Session,
+    Stage,
     Stream,
-    ThreadsGate,
-    check_inputs,
-    refuse_async,
+    check_run,
     result_of,
+    threads_stage,
     timeout_verdict,
 )
 
@@ -39,11 +41,12 @@ V = TypeVar("V")
 _ONE_LANE = "default"
 
 
-class _LaneBook:
+class LaneBook:
     """The lanes of one run, made when their key first comes up."""
 
-    def __init__(self, owner: _FunctionFace[Any, Any], call: Callable[[Any], Any]) -> None:
+    def __init__(self, owner: FunctionFace[Any, Any], stage: Stage, call: Callable[[Any], Any]) -> None:
         self._owner = owner
+        self._stage = stage
         self._call = call
         self.lanes: dict[Any, Lane] = {}
         self._names: set[str] = set()
@@ -52,7 +55,7 @@ class _LaneBook:
         """Return the lane of a key."""
         lane = self.lanes.get(key)
         if lane is None:
-            lane = self.lanes.setdefault(key, self._owner._make_lane(key, self._name(key), self._call))
+            lane = self.lanes.setdefault(key, self._owner.make_lane(self._stage, key, self._name(key), self._call))
         return lane
 
     def _name(self, key: Any) -> str:
@@ -64,23 +67,29 @@ class _LaneBook:
         return name
 
 
-class _FunctionFace(Face, Generic[P, V]):
-    """An executor of one function."""
+class FunctionFace(Reporting, Generic[P, V]):
+    """An executor of one function, in either world.
+
+    Args:
+        fn: Called with each payload; a coroutine function under asyncio.
+        stage: Where its runs take place.
+        policy, lane_by, key, on_event: See TaskScheduler.
+    """
 
     def __init__(
         self,
-        fn: Callable[[P], V],
+        fn: Callable[[P], Any],
+        stage: Stage,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
     ) -> None:
-        require_callable("fn", fn)
         require_kind("policy", policy, ExecutionPolicy)
         for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
             optional(require_callable, name, value)
-            refuse_async(name, value)
-        refuse_async("fn", fn)
+            refuse_async(name, value, "a plain function: it is called where nothing is awaited")
+        self.stage = stage
         self._fn = fn
         self.policy = policy
         self._lane_by = lane_by
@@ -88,9 +97,92 @@ class _FunctionFace(Face, Generic[P, V]):
         self._on_event = on_event
         self._retries_timeouts = timeout_verdict(policy.retry)
         self._gates: dict[Any, Gate] = {}
+
+    def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        """Make a run of this executor's, on its own stage or on another."""
+        book = LaneBook(self, stage, self._fn)
+        lane = None if self._lane_by is not None else book.lane(_ONE_LANE)
+        feed = Feed(
+            FeedKind.INPUTS,
+            lambda: inputs,
+            self._preparer(book),
+            label="inputs",
+            lane=lane,
+            handful=handful_of(self.policy.lookahead),
+        )
+        return Session(
+            stage,
+            [] if lane is None else [lane],
+            stop=self.policy.stop,
+            feed=feed,
+            data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
+            on_event=self._on_event,
+            cancel=cancel,
+            **fields,
+        )
+
+    def lane_key(self, payload: P) -> Any:
+        """Return the key of the lane of a payload."""
+        return _ONE_LANE if self._lane_by is None else self._lane_by(payload)
+
+    def _preparer(self, book: LaneBook) -> Callable[[Any], Attempt]:
+        """Return what makes an attempt of an input; the user's `key` and `lane_by` run in it."""
+        lane_key_of, key = self.lane_key, self._key
+        find, known = book.lane, book.lanes.get
+
+        def prepare(item: Any) -> Attempt:
+            task = item if isinstance(item, Task) else None
+            payload = item if task is None else task.payload
+            try:
+                lane_key = lane_key_of(payload)
+                lane = known(lane_key) or find(lane_key)
+                if key is not None:
+                    task = replace(task or Task(payload), key=key(payload))
+            except Exception as error:  # the item is bad, not the run
+                attempt = Attempt(payload, task or Task(payload), find(_ONE_LANE))
+                attempt.outcome = Raised(error)
+                return attempt
+            return Attempt(payload, task, lane)
+
+        return prepare
+
+    def make_lane(self, stage: Stage, key: Any, name: str, call: Callable[[Any], Any]) -> Lane:
+        """Make the lane of a key in one run."""
+        policy = self.policy
+        return Lane(
+            name,
+            stage.gate(self._gates, key, lambda clock: OwnedGate(policy.limits, policy.breaker, clock)),
+            call,
+            concurrency=policy.concurrency,
+            lookahead=policy.lookahead,
+            retry=policy.retry,
+            retries_timeouts=self._retries_timeouts,
+            timeout=policy.timeout,
+            budget=policy.budget,
+            batch_size=policy.batch_size,
+            batch_backoff=policy.batch_backoff,
+            max_abandoned=policy.max_abandoned,
+        )
+
+
+class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
+    """An executor of one plain function, which threads call."""
+
+    def __init__(
+        self,
+        fn: Callable[[P], V],
+        clock: VirtualClock | None,
+        policy: ExecutionPolicy,
+        lane_by: Callable[[P], Any] | None,
+        key: Callable[[P], Any] | None,
+        on_event: Callable[[Event], object] | None,
+    ) -> None:
+        require_callable("fn", fn)
+        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event)
+        refuse_async("fn", fn, f"a plain function: an async one needs Async{type(self).__name__}")
         self._calls: _Calls | None = None
         self._calls_lock = Lock()
-        self._calls_book = _LaneBook(self, self._call_in_context)
+        self._calls_book = LaneBook(self, self.stage, self._call_in_context)
 
     def run(
         self, inputs: Iterable[P | Task[P]], cancel: CancellationToken | None = None
@@ -105,6 +197,7 @@ class _FunctionFace(Face, Generic[P, V]):
             What the inputs' iterator raised, once all that was taken is done; what interrupts the caller, within
             0.1 s.  Both with the report as their `report` attribute.
         """
+        check_run("inputs", inputs, cancel)
         report: RunReport[P, V] = self._run(inputs, cancel)
         return report
 
@@ -115,6 +208,7 @@ class _FunctionFace(Face, Generic[P, V]):
         cancel: CancellationToken | None = None,
     ) -> Stream[P, V]:
         """Call the function for every input; return an iterator over the results, as they come or in input order."""
+        check_run("inputs", inputs, cancel)
         return self._stream(inputs, ordered, cancel)
 
     def call(self, payload: P | Task[P]) -> V:
@@ -127,13 +221,11 @@ class _FunctionFace(Face, Generic[P, V]):
         Raises:
             The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
         """
-        task = payload if isinstance(payload, Task) else Task(payload)
-        if task.key is not None:
-            task = replace(task, key=None)
-        lane = self._calls_book.lane(_ONE_LANE if self._lane_by is None else self._lane_by(task.payload))
+        task = unnamed(payload)
+        lane = self._calls_book.lane(self.lane_key(task.payload))
         with self._calls_lock:
             if self._calls is None:
-                self._calls = _Calls(self._calls_book, self._on_event)
+                self._calls = _Calls(self.stage, self._calls_book, self._on_event)
             calls = self._calls
             calls.pending += 1
         try:
@@ -145,144 +237,117 @@ class _FunctionFace(Face, Generic[P, V]):
                     self._calls = None
                     calls.close()
 
-    def _call_in_context(self, call: _Call) -> Any:
+    def _call_in_context(self, call: Call) -> Any:
         try:
             return run_in(call.context.copy(), self._fn, call.payload)
         except (SystemExit, KeyboardInterrupt) as error:
-            raise _Exit from error
-
-    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
-        check_inputs("inputs", inputs)
-        optional(require_kind, "cancel", cancel, CancellationToken)
-        book = _LaneBook(self, self._fn)
-        lane = None if self._lane_by is not None else book.lane(_ONE_LANE)
-        feed = Feed(
-            FeedKind.INPUTS,
-            lambda: inputs,
-            self._preparer(book),
-            label="inputs",
-            lane=lane,
-            handful=handful_of(self.policy.lookahead),
-        )
-        return Session(
-            [] if lane is None else [lane],
-            stop=self.policy.stop,
-            feed=feed,
-            data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
-            on_event=self._on_event,
-            cancel=cancel,
-            **fields,
-        )
-
-    def _preparer(self, book: _LaneBook) -> Callable[[Any], Attempt]:
-        """Return what makes an attempt of an input; the user's `key` and `lane_by` run in it."""
-        lane_by, key = self._lane_by, self._key
-        find, known = book.lane, book.lanes.get
-
-        def prepare(item: Any) -> Attempt:
-            task = item if isinstance(item, Task) else None
-            payload = item if task is None else task.payload
-            try:
-                lane_key = _ONE_LANE if lane_by is None else lane_by(payload)
-                lane = known(lane_key) or find(lane_key)
-                if key is not None:
-                    task = replace(task or Task(payload), key=key(payload))
-            except Exception as error:  # the item is bad, not the run
-                attempt = Attempt(payload, task or Task(payload), find(_ONE_LANE))
-                attempt.outcome = Raised(error)
-                return attempt
-            return Attempt(payload, task, lane)
-
-        return prepare
-
-    def _make_lane(self, key: Any, name: str, call: Callable[[Any], Any]) -> Lane:
-        policy = self.policy
-        gate = self._gates.get(key)
-        if gate is None:
-            gate = self._gates.setdefault(key, ThreadsGate(policy.limits, policy.breaker))
-        return Lane(
-            name,
-            gate,
-            call,
-            concurrency=policy.concurrency,
-            lookahead=policy.lookahead,
-            retry=policy.retry,
-            retries_timeouts=self._retries_timeouts,
-            timeout=policy.timeout,
-            budget=policy.budget,
-            batch_size=policy.batch_size,
-            batch_backoff=policy.batch_backoff,
-            max_abandoned=policy.max_abandoned,
-        )
+            raise Exit from error
 
 
-class _Call:
-    """What a caller of `call` waits for, and where it comes from."""
+def unnamed(payload: Any) -> Task[Any]:
+    """Return the task of a single call: keys tell the tasks of one run apart, and are of no use to it."""
+    task = payload if isinstance(payload, Task) else Task(payload)
+    return task if task.key is None else replace(task, key=None)
+
+
+class Call:
+    """One call that somebody waits for, and where it comes from.
+
+    Args:
+        payload: What the function is called with.
+        reply: Takes the finished attempt; None if the run ended early.
+    """
 
     __slots__ = ("context", "payload", "reply")
 
-    def __init__(self, payload: Any) -> None:
+    def __init__(self, payload: Any, reply: Callable[[Attempt | None], object]) -> None:
         self.payload = payload
         self.context = copy_context()  # of this caller, not of the one who came first
-        self.reply: SimpleQueue[Attempt | None] = SimpleQueue()
+        self.reply = reply
 
 
-class _Exit(Exception):
+class Exit(Exception):
     """Carries the SystemExit of one call to its caller: it is not to end the calls of others."""
 
 
-class _Calls:
-    """The run behind `call`: open as long as somebody waits for an answer."""
+class Calls:
+    """The run behind `call`, in either world: open as long as somebody waits for an answer."""
 
-    def __init__(self, book: _LaneBook, on_event: Callable[[Event], object] | None) -> None:
+    def __init__(self, stage: Stage, book: LaneBook, on_event: Callable[[Event], object] | None) -> None:
         self.pending = 0
         for lane in book.lanes.values():
             lane.renew()
-        self._waiting: set[_Call] = set()
-        self._feed = Feed(FeedKind.INPUTS, tuple, lambda item: item, label="calls")
-        self._feed.pulling = self._feed.slow = True  # nothing is to be pulled: tasks are submitted
-        self._session = Session([], stop=StopConditions(), feed=self._feed, deliver=self._deliver, on_event=on_event)
-        self._session.start()
+        self.waiting: set[Call] = set()
+        self.feed = Feed(FeedKind.INPUTS, tuple, lambda item: item, label="calls")
+        self.feed.pulling = self.feed.slow = True  # nothing is to be pulled: tasks are submitted
+        self.session = Session(
+            stage, [], stop=StopConditions(), feed=self.feed, deliver=self._deliver, on_event=on_event
+        )
+        self.session.start()
 
-    def call(self, task: Task[Any], lane: Lane) -> Any:
-        """Submit a task and wait for its value."""
-        call = _Call(task.payload)
-        self._waiting.add(call)
-        crew = self._session.crew
-        crew.post(self._session.run.submitted, Attempt(call, task, lane))
-        finished = None if crew.over else call.reply.get()
+    def value(self, finished: Attempt | None) -> Any:
+        """Return what a call came to, or raise that."""
         if finished is None:
-            raise crew.fault or RuntimeError("the run behind call() ended early")
-        result = result_of(finished, self._session.wall_offset)
-        if isinstance(result.error, _Exit) and result.error.__cause__ is not None:
+            raise self.session.crew.fault or RuntimeError("the run behind call() ended early")
+        result = result_of(finished, self.session.wall_offset)
+        if isinstance(result.error, Exit) and result.error.__cause__ is not None:
             raise result.error.__cause__
         return result.unwrap()
-
-    def close(self) -> None:
-        """End the run."""
-        if self._waiting:  # the last caller was interrupted
-            self._session.abort("interrupted")
-        else:
-            self._session.crew.post(self._session.run.closed, self._feed)
-            self._session.crew.wait()
-            self._session.join()
 
     def _deliver(self, attempt: Attempt | None) -> None:
         if attempt is not None:
             attempt.lane.delivered += 1
-            self._waiting.discard(attempt.payload)
-            attempt.payload.reply.put(attempt)
+            self.waiting.discard(attempt.payload)
+            attempt.payload.reply(attempt)
             return
-        for call in self._waiting:
-            call.reply.put(None)
+        for call in self.waiting:
+            call.reply(None)
 
 
-class ConcurrentExecutor(_FunctionFace[P, V]):
+class _Calls(Calls):
+    """The run behind `call` of threads."""
+
+    def call(self, task: Task[Any], lane: Lane) -> Any:
+        """Submit a task and wait for its value."""
+        session = self.session
+        replies = session.clock.queue()
+        call = Call(task.payload, replies.put)
+        attempt = Attempt(call, task, lane)
+        self.waiting.add(call)
+        session.crew.post(session.run.submitted, attempt)
+        try:
+            return self.value(None if session.crew.over else replies.get())
+        except BaseException:
+            if call in self.waiting:  # the caller was interrupted
+                session.crew.post(session.run.withdrawn, attempt, "interrupted")
+            raise
+
+    def close(self) -> None:
+        """End the run."""
+        session = self.session
+        if self.waiting:  # the last caller was interrupted
+            session.abort("interrupted")
+        else:
+            session.crew.post(session.run.closed, self.feed)
+            session.crew.wait()
+            session.join()
+
+
+def refuse_limits(policy: ExecutionPolicy, scheduler: str) -> None:
+    """Refuse a policy that is more than a plain executor does."""
+    require_kind("policy", policy, ExecutionPolicy)
+    for name in ("limits", "batch_size"):
+        if getattr(policy, name):
+            refuse(f"policy.{name}", getattr(policy, name), f"none here: use {scheduler}")
+
+
+class ConcurrentExecutor(_ThreadsFunctionFace[P, V]):
     """Runs a function over many inputs on a fixed number of threads.
 
     Args:
         fn: Called with each payload, in worker threads.
         policy: Concurrency, timeout, retries, stops, budget; limits and batches need a TaskScheduler.
+        clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
 
@@ -297,23 +362,22 @@ class ConcurrentExecutor(_FunctionFace[P, V]):
         fn: Callable[[P], V],
         policy: ExecutionPolicy = ExecutionPolicy(),
         *,
+        clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        require_kind("policy", policy, ExecutionPolicy)
-        for name in ("limits", "batch_size"):
-            if getattr(policy, name):
-                refuse(f"policy.{name}", getattr(policy, name), "none here: use TaskScheduler")
-        super().__init__(fn, policy, None, key, on_event)
+        refuse_limits(policy, "TaskScheduler")
+        super().__init__(fn, clock, policy, None, key, on_event)
 
 
-class TaskScheduler(_FunctionFace[P, V]):
+class TaskScheduler(_ThreadsFunctionFace[P, V]):
     """Runs a function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
 
     Args:
         fn: Called with each payload, in worker threads.
         policy: See ExecutionPolicy.
         lane_by: Gives the lane of a payload: each has limits, concurrency, a budget and a breaker of its own.
+        clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
 
@@ -332,10 +396,11 @@ class TaskScheduler(_FunctionFace[P, V]):
         policy: ExecutionPolicy,
         *,
         lane_by: Callable[[P], Any] | None = None,
+        clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        super().__init__(fn, policy, lane_by, key, on_event)
+        super().__init__(fn, clock, policy, lane_by, key, on_event)
 
     @classmethod
     def from_manifest(cls, fn: Callable[[P], V], manifest: RunManifest, **options: Any) -> Self:

@@ -7,14 +7,19 @@ source.  There is no barrier between levels, and no source waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakKeyDictionary
 
+from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
+from .core.run import Record
 from .core.steps import Raised
 from .core.tree import NodeKey, Tree, place_below
-from .drivers.calls import check_value
+from .drivers.calls import check_value, refuse_async
+from .drivers.clock import Clock
+from .drivers.virtual import VirtualClock
 from .errors import (
     optional,
     refuse,
@@ -27,9 +32,22 @@ from .errors import (
 )
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
 from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits
-from .session import Face, Session, Stream, ThreadsGate, check_inputs, refuse_async, result_of, timeout_verdict
+from .session import (
+    Face,
+    OwnedGate,
+    Reporting,
+    Session,
+    Stage,
+    Stream,
+    check_run,
+    result_of,
+    threads_stage,
+    timeout_verdict,
+)
 
 N = TypeVar("N", bound=Hashable)
+
+_PLAIN = "a plain function: an async one needs AsyncQueryExecutor"
 
 
 def items_of(name: str, value: Any) -> list[Any]:
@@ -55,14 +73,15 @@ class Source:
 
     Args:
         name: Names it in reports.
-        fetch: Called with a Query, in a worker thread; returns an iterable of the items found.
+        fetch: Called with a Query; returns an iterable of the items found.  A plain function for a QueryExecutor, which
+            calls it in a worker thread, an async one for an AsyncQueryExecutor.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         concurrency: Calls at once.
         budget: Calls in one run; None for no bound.
         breaker: When it is left alone after failures; None for never.
         retry: Whether and when a failed call is made again.
         timeout: Seconds for one call; None for no bound.
-        accepts: Called with a Query; False has it SKIPPED as `unsupported`.
+        accepts: Called with a Query; False has it SKIPPED as `unsupported`.  Under asyncio it may be async.
         cost: What one call costs.
         max_abandoned: Hung calls given up, and not back yet, at which it is asked no more; see ExecutionPolicy.
 
@@ -87,9 +106,7 @@ class Source:
         if not require_kind("name", name, str):
             refuse("name", name, "a name that is not empty")
         require_callable("fetch", fetch)
-        refuse_async("fetch", fetch)
         optional(require_callable, "accepts", accepts)
-        refuse_async("accepts", accepts)
         optional(require_kind, "breaker", breaker, BreakerPolicy)
         optional(require_count, "budget", budget, 0)
         optional(require_positive, "timeout", timeout)
@@ -105,14 +122,17 @@ class Source:
         self.accepts = accepts
         self.cost = require_at_least("cost", cost, 0.0)
         self.max_abandoned = max_abandoned
-        self._gate = ThreadsGate(self.limits, breaker)
+        self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
 
-    def make_lane(self, lookahead: int) -> Lane:
-        """Return the source's lane in one run."""
+    def make_lane(self, stage: Stage, clock: Clock, call: Callable[[Query[Any]], Any], lookahead: int) -> Lane:
+        """Return the source's lane in one run on a stage, of an executor that goes by a clock.
+
+        Each clock has a gate of its own: what was used in real time says nothing about a virtual one.
+        """
         return Lane(
             self.name,
-            self._gate,
-            lambda query: items_of("fetch", self.fetch(query)),
+            stage.gate(self._gates, clock, lambda clock: OwnedGate(self.limits, self.breaker, clock)),
+            call,
             concurrency=self.concurrency,
             lookahead=lookahead,
             retry=self.retry,
@@ -142,7 +162,90 @@ class Plan(Protocol[N]):
         """Return the nodes that a non-empty result opens up; one that was reached before is not asked again."""
 
 
-class QueryExecutor(Face):
+class HierarchyFace(Reporting):
+    """What asks several sources about a hierarchy, in either world.
+
+    Args:
+        stage: Where its runs take place.
+        sources, plan, concurrency, stop, lookahead, on_event: See QueryExecutor.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: Any,
+        stage: Stage,
+        concurrency: int | None,
+        stop: StopConditions,
+        lookahead: int,
+        on_event: Callable[[Event], object] | None,
+    ) -> None:
+        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
+            refuse_type("sources", sources, "a sequence of Source")
+        names = [source.name for source in sources]
+        if not names or len(set(names)) < len(names):
+            refuse("sources", names, "one or more sources of different names")
+        for method in ("queries", "children"):
+            if not callable(getattr(plan, method, None)):
+                refuse_type("plan", plan, f"an object with the methods queries and children; {method} is missing")
+        optional(require_count, "concurrency", concurrency)
+        require_count("lookahead", lookahead, 0)
+        optional(require_callable, "on_event", on_event)
+        refuse_async("on_event", on_event, "a plain function: it is called where nothing is awaited")
+        self.stage = stage
+        self.sources = tuple(sources)
+        self.plan = plan
+        self.concurrency = concurrency
+        self.stop = require_kind("stop", stop, StopConditions)
+        self.lookahead = lookahead
+        self._on_event = on_event
+
+    def fetcher(self, source: Source) -> Callable[[Query[Any]], Any]:
+        """Return what fetches the items of a query, as this world's workers call it."""
+        raise NotImplementedError
+
+    def opened(self, name: str, value: Any) -> Any:
+        """Return what a method of the plan gave, to be iterated over as it is needed."""
+        raise NotImplementedError
+
+    def shape(self, value: Any) -> Any:
+        """Return what a value comes to that was not fetched but made up."""
+        return items_of("outcome", value)
+
+    def in_order(self, records: list[Record]) -> list[Record]:
+        """Return what is kept of a run's queries by level, then root, then child."""
+        order = {source.name: position for position, source in enumerate(self.sources)}
+
+        def place(attempt: Any) -> Any:
+            _, level, path, *rest = attempt.rank
+            return (level, path, order[attempt.lane.name], rest)
+
+        return sorted((record for record in records if not isinstance(record, tuple)), key=place)
+
+    def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        """Make a run of this executor's, on its own stage or on another."""
+        lanes = [
+            source.make_lane(stage, self.stage.clock, self.fetcher(source), self.lookahead)
+            for source in self.sources
+        ]
+        feeds = _Feeds(self, lanes)
+        roots = Feed(FeedKind.NODES, lambda: inputs, feeds.node_of((), lanes[0]), label="roots")
+        has_following = callable(getattr(self.plan, "following", None))
+        tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
+        return Session(
+            stage,
+            lanes,
+            stop=self.stop,
+            tree=tree,
+            width=self.concurrency,
+            on_event=self._on_event,
+            cancel=cancel,
+            make_report=CollectionReport,
+            **fields,
+        )
+
+
+class QueryExecutor(Face, HierarchyFace):
     """Asks several sources about a hierarchy of nodes, parents first, children only where something was found.
 
     Args:
@@ -151,6 +254,7 @@ class QueryExecutor(Face):
         concurrency: Calls at once over all sources; None for the sum of theirs.
         stop: When to stop.
         lookahead: Queries made ready beyond those that run, for each source.
+        clock: A VirtualClock to run in virtual time; None for real time.
         on_event: Called with each Event, one at a time; it must be quick.
 
     Thread-safe: several runs may go on at once; they share the sources' limits.
@@ -173,28 +277,15 @@ class QueryExecutor(Face):
         concurrency: int | None = None,
         stop: StopConditions = StopConditions(),
         lookahead: int = 64,
+        clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            refuse_type("sources", sources, "a sequence of Source")
-        names = [source.name for source in sources]
-        if not names or len(set(names)) < len(names):
-            refuse("sources", names, "one or more sources of different names")
-        for method in ("queries", "children"):
-            if not callable(getattr(plan, method, None)):
-                refuse_type("plan", plan, f"an object with the methods queries and children; {method} is missing")
+        super().__init__(sources, plan, threads_stage(clock), concurrency, stop, lookahead, on_event)
         for method in ("queries", "children", "following"):
-            refuse_async(f"plan.{method}", getattr(plan, method, None))
-        optional(require_count, "concurrency", concurrency)
-        require_count("lookahead", lookahead, 0)
-        optional(require_callable, "on_event", on_event)
-        refuse_async("on_event", on_event)
-        self.sources = tuple(sources)
-        self.plan = plan
-        self.concurrency = concurrency
-        self.stop = require_kind("stop", stop, StopConditions)
-        self.lookahead = lookahead
-        self._on_event = on_event
+            refuse_async(f"plan.{method}", getattr(plan, method, None), _PLAIN)
+        for source in self.sources:
+            refuse_async(f"fetch of {source.name!r}", source.fetch, _PLAIN)
+            refuse_async(f"accepts of {source.name!r}", source.accepts, _PLAIN)
 
     def run(self, roots: Iterable[Hashable], cancel: CancellationToken | None = None) -> CollectionReport[Any]:
         """Ask all that there is to ask, and return the report: results by level, then root, then child.
@@ -207,14 +298,8 @@ class QueryExecutor(Face):
             What the roots' iterator raised, once all that was taken is done; what interrupts the caller, within
             0.1 s.  Both with the report as their `report` attribute.
         """
-        order = {source.name: position for position, source in enumerate(self.sources)}
-
-        def place(attempt: Attempt) -> Any:
-            assert attempt.rank is not None
-            _, level, path, *rest = attempt.rank
-            return (level, path, order[attempt.lane.name], rest)
-
-        report: CollectionReport[Any] = self._run(roots, cancel, place)
+        check_run("roots", roots, cancel)
+        report: CollectionReport[Any] = self._run(roots, cancel)
         return report
 
     def stream(
@@ -224,34 +309,25 @@ class QueryExecutor(Face):
         cancel: CancellationToken | None = None,
     ) -> Stream[Any, Any]:
         """Ask all that there is to ask; return an iterator over the results, as they come or in the order asked."""
+        check_run("roots", roots, cancel)
         return self._stream(roots, ordered, cancel)
 
-    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
-        check_inputs("roots", inputs)
-        optional(require_kind, "cancel", cancel, CancellationToken)
-        lanes = [source.make_lane(self.lookahead) for source in self.sources]
-        feeds = _Feeds(self.plan, self.sources, lanes)
-        roots = Feed(FeedKind.NODES, lambda: inputs, feeds.node_of((), lanes[0]), label="roots")
-        has_following = callable(getattr(self.plan, "following", None))
-        tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
-        return Session(
-            lanes,
-            stop=self.stop,
-            tree=tree,
-            width=self.concurrency,
-            on_event=self._on_event,
-            cancel=cancel,
-            make_report=CollectionReport,
-            **fields,
-        )
+    def fetcher(self, source: Source) -> Callable[[Query[Any]], Any]:
+        """Return what fetches the items of a query, as this world's workers call it."""
+        return lambda query: items_of("fetch", source.fetch(query))
+
+    def opened(self, name: str, value: Any) -> Any:
+        """Return what a method of the plan gave, to be iterated over as it is needed."""
+        return opened(name, value)
 
 
 class _Feeds:
     """Makes the feeds of a tree: closures over the user's plan, which only a worker calls."""
 
-    def __init__(self, plan: Any, sources: Sequence[Source], lanes: Sequence[Lane]) -> None:
-        self._plan = plan
-        self._sources = {id(lane): source for lane, source in zip(lanes, sources, strict=True)}
+    def __init__(self, face: HierarchyFace, lanes: Sequence[Lane]) -> None:
+        self._plan = face.plan
+        self._opened = face.opened
+        self._sources = {id(lane): source for lane, source in zip(lanes, face.sources, strict=True)}
         self._keys: dict[Hashable, NodeKey] = {}
 
     def key_of(self, node: Hashable) -> NodeKey:
@@ -262,7 +338,7 @@ class _Feeds:
         source = self._sources[id(lane)]
         return Feed(
             FeedKind.QUERIES,
-            lambda: opened("plan.queries", self._plan.queries(key.node, source)),
+            lambda: self._opened("plan.queries", self._plan.queries(key.node, source)),
             self._query_of(key.node, lane, rank[0]),
             label="plan.queries",
             lane=lane,
@@ -276,7 +352,7 @@ class _Feeds:
         rank = attempt.rank[1:3]
         return Feed(
             FeedKind.NODES,
-            lambda: opened("plan.children", self._plan.children(query.node, result_of(attempt, 0.0))),
+            lambda: self._opened("plan.children", self._plan.children(query.node, result_of(attempt, 0.0))),
             self.node_of(rank, attempt.lane, query.node),
             label="plan.children",
             lane=attempt.lane,
@@ -289,7 +365,7 @@ class _Feeds:
         assert attempt.rank is not None
         return Feed(
             FeedKind.QUERIES,
-            lambda: opened("plan.following", self._plan.following(query, result_of(attempt, 0.0))),
+            lambda: self._opened("plan.following", self._plan.following(query, result_of(attempt, 0.0))),
             self._query_of(query.node, attempt.lane, query.level),
             label="plan.following",
             lane=attempt.lane,
@@ -311,11 +387,11 @@ class _Feeds:
 
         return prepare
 
-    def _query_of(self, node: Any, lane: Lane, level: int) -> Callable[[Any], Attempt]:
+    def _query_of(self, node: Any, lane: Lane, level: int) -> Callable[[Any], Any]:
         """Return what prepares a query: names its node, level and source, and asks whether the source takes it."""
         accepts = self._sources[id(lane)].accepts
 
-        def prepare(item: Any) -> Attempt:
+        def prepare(item: Any) -> Any:
             if isinstance(item, Raised):  # what plan.queries or plan.following raised
                 return _bad_query(node, level, lane, item)
             if isinstance(item, Query):
@@ -325,13 +401,27 @@ class _Feeds:
             attempt = Attempt(query, query, lane)
             try:
                 attempt.node = self.key_of(query.node)
-                if accepts is not None and not accepts(query):
-                    attempt.reason = "unsupported"
+                if accepts is not None:
+                    accepted: Any = accepts(query)
+                    if hasattr(type(accepted), "__await__"):
+                        return _accepted(attempt, accepted)
+                    if not accepted:
+                        attempt.reason = "unsupported"
             except Exception as error:  # the query is bad, not the run
                 attempt.outcome = Raised(error)
             return attempt
 
         return prepare
+
+
+async def _accepted(attempt: Attempt, accepted: Awaitable[bool]) -> Attempt:
+    """Return a query when it is known whether its source takes it."""
+    try:
+        if not await accepted:
+            attempt.reason = "unsupported"
+    except Exception as error:  # the query is bad, not the run
+        attempt.outcome = Raised(error)
+    return attempt
 
 
 def _bad_query(node: Any, level: int, lane: Lane, raised: Raised) -> Attempt:

@@ -1,4 +1,4 @@
-"""What the faces of threads share: a run with its threads, from its making to its report; and the stream of results.
+"""What the faces share: a run with its crew, from its making to its report; and the stream of results.
 
 Rules: bad arguments are refused before anything has started.  A caller that is interrupted gets its exception within
 0.1 s, with the partial report as its `report` attribute and, on the executor, as `last_report`.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import random
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from queue import Empty
 from threading import Lock
 from typing import Any, Generic, Self, TypeVar
 
@@ -24,8 +22,10 @@ from .core.run import Record, Run
 from .core.steps import Raised
 from .core.tree import Tree
 from .drivers.calls import task_of
-from .drivers.threads import Crew
-from .errors import TaskTimeoutError, refuse, refuse_type, require_kind
+from .drivers.clock import SYSTEM_CLOCK, Clock
+from .drivers.threads import ThreadCrew
+from .drivers.virtual import VirtualClock
+from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kind
 from .forks import restart_after_fork
 from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
 from .policy import BreakerPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
@@ -39,36 +39,51 @@ INTERRUPT_SECONDS = 0.09
 """How long an interrupted caller waits for the partial report."""
 
 
-class Clock:
-    """The clock of the threads' runs.  A class holds it, for no tool to find and freeze: a run must go on."""
+class Stage:
+    """Where a run takes place: on which clock, with which crew, and behind which gates.
 
-    now = staticmethod(time.monotonic)
+    Args:
+        clock: Its clock.
+        make_crew: Makes the crew of a Run.
+    """
+
+    def __init__(self, clock: Clock, make_crew: Callable[..., Any]) -> None:
+        self.clock = clock
+        self.make_crew = make_crew
+
+    def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
+        """Return the gate of a key for a run, made when it first comes up."""
+        gate = gates.get(key)
+        return gates.setdefault(key, make(self.clock)) if gate is None else gate
 
 
-def refuse_async(name: str, fn: object) -> None:
-    """Refuse an async function where threads would call it."""
-    target: Any = fn
-    while isinstance(target, functools.partial):
-        target = target.func
-    call = getattr(type(target), "__call__", None)  # noqa: B004 - an object may have an async one
-    if any(map(inspect.iscoroutinefunction, (target, call))) or any(map(inspect.isasyncgenfunction, (target, call))):
-        refuse_type(name, fn, "a plain function: threads cannot await an async one")
+def threads_stage(clock: VirtualClock | None) -> Stage:
+    """Return the stage of an executor with threads; None for real time."""
+    optional(require_kind, "clock", clock, VirtualClock)
+    return Stage(SYSTEM_CLOCK if clock is None else clock, ThreadCrew)
 
 
-def check_inputs(name: str, inputs: object) -> None:
+def check_inputs(name: str, inputs: object, kinds: tuple[type, ...] = (Iterable,)) -> None:
     """Refuse inputs that cannot be iterated, or that are used up."""
-    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Iterable):
+    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, kinds):
         refuse_type(name, inputs, "an iterable that is not a string: put a single one into a list")
     if inspect.isgenerator(inputs) and inspect.getgeneratorstate(inputs) == inspect.GEN_CLOSED:
         refuse(name, inputs, "a generator that has not been used up: a generator can be run through only once")
 
 
-class ThreadsGate(Gate):
-    """A gate for threads: limits that are declared get a state of its own, live ones keep theirs."""
+def check_run(name: str, inputs: object, cancel: object, kinds: tuple[type, ...] = (Iterable,)) -> None:
+    """Refuse what a run cannot be given."""
+    check_inputs(name, inputs, kinds)
+    optional(require_kind, "cancel", cancel, CancellationToken)
 
-    def __init__(self, limits: Sequence[Limit], breaker: BreakerPolicy | None) -> None:
+
+class OwnedGate(Gate):
+    """A gate that an executor or a source owns: declared limits get a state of its own, live ones keep theirs."""
+
+    def __init__(self, limits: Sequence[Limit], breaker: BreakerPolicy | None, clock: Clock) -> None:
         declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
-        self._own = [LimitSet(declared, Clock.now(), Lock())] if declared else []
+        self._clock = clock
+        self._own = [LimitSet(declared, clock.now(), Lock())] if declared else []
         live = [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
         super().__init__([*self._own, *live], breaker, Lock())
         restart_after_fork(self)
@@ -76,7 +91,7 @@ class ThreadsGate(Gate):
     def start_afresh(self) -> None:
         """Take new locks, and be as new."""
         for limits in self._own:
-            limits.renew(Clock.now(), Lock())
+            limits.renew(self._clock.now(), Lock())
         self.renew(Lock())
 
 
@@ -117,10 +132,11 @@ def _usage(task: Task[Any], calls: int) -> dict[str, float]:
 
 
 class Session:
-    """One run with its threads, from its making to its report."""
+    """One run with its crew, from its making to its report."""
 
     def __init__(
         self,
+        stage: Stage,
         lanes: Sequence[Lane],
         *,
         stop: StopConditions,
@@ -134,10 +150,13 @@ class Session:
         cancel: CancellationToken | None = None,
         make_report: Callable[..., RunReport[Any, Any]] = RunReport,
     ) -> None:
-        now = Clock.now()
-        self.started_at = time.time()
+        clock = stage.clock
+        clock.enter(self)
+        now = clock.now()
+        self.started_at = clock.wall_time()
         self.wall_offset = self.started_at - now
         self.tree = tree
+        self.clock = clock
         self._events: deque[Event] = deque()
         self._on_event = on_event
         self._telling = Lock()
@@ -153,16 +172,13 @@ class Session:
             data=data,
             stop=stop,
             width=width,
-            rng=random.Random(),
+            rng=clock.rng(),
             records=records,
             completed=None if deliver is None else deque(),
             emit=None if on_event is None else self._events.append,
         )
-        self.crew = Crew(
-            self.run,
-            now_fn=Clock.now,
-            deliver=deliver,
-            after_pump=None if on_event is None else self._tell,
+        self.crew = stage.make_crew(
+            self.run, clock, deliver=deliver, after_pump=None if on_event is None else self._tell
         )
 
     def start(self) -> None:
@@ -179,7 +195,7 @@ class Session:
         """Stop it and wait for the end, but not for what runs."""
         self.cancel(reason, "abandon")
         self.crew.wait(INTERRUPT_SECONDS)
-        self._unsubscribe()
+        self.leave()
 
     def abort_for(self, error: BaseException) -> None:
         """Stop it because of what interrupted the caller.  A second Ctrl-C adds nothing: the first is on its way."""
@@ -190,13 +206,23 @@ class Session:
                 raise
 
     def join(self) -> None:
-        """Wait for the threads of a run that is over, and tell what is left to tell."""
-        self._unsubscribe()
+        """Wait for the workers of a run that is over, and tell what is left to tell."""
+        if self.crew.fault is None:
+            self.crew.join()
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Tell what is left to tell of a run that is over; raise what it failed for, if that was a fault of ours."""
+        self.leave()
         if self.crew.fault is not None:
             raise self.crew.fault
-        self.crew.join()
         if self._on_event is not None:
             self._tell()
+
+    def leave(self) -> None:
+        """Let go of the cancellation token and the clock."""
+        self._unsubscribe()
+        self.clock.leave(self)
 
     def raise_if_ended_by_error(self, report: RunReport[Any, Any]) -> None:
         """Raise what ended the run: the inputs' exception, or a task's SystemExit; with the report."""
@@ -217,7 +243,7 @@ class Session:
             abandoned=run.abandoned,
             makespan=run.makespan,
             started_at=self.started_at,
-            finished_at=Clock.now() + self.wall_offset,
+            finished_at=self.clock.now() + self.wall_offset,
             **extra,
         )
 
@@ -272,7 +298,47 @@ def attach_report(error: BaseException, report: RunReport[Any, Any]) -> None:
                 continue
 
 
-class Stream(Generic[P, V]):
+class Results(Generic[P, V]):
+    """What streams share: which result is handed out next, and the report of what was not handed out."""
+
+    def __init__(self, ordered: bool) -> None:
+        self._waiting: dict[int, Attempt] | None = {} if ordered else None
+        self._next_index = 0
+        self._over = False
+        self.report: RunReport[P, V] | None = None
+        """The report: after the end, after it was closed, and after an exception."""
+
+    def _next_in_order(self) -> Attempt | None:
+        """Return the next attempt of an ordered stream if it has come."""
+        if self._waiting is None or self._next_index not in self._waiting:
+            return None
+        self._next_index += 1
+        return self._waiting.pop(self._next_index - 1)
+
+    def _keep(self, attempt: Attempt) -> bool:
+        """Keep an attempt until it is its turn; return False if it is, because the stream is not ordered."""
+        if self._waiting is None:
+            return False
+        self._waiting[attempt.index] = attempt
+        return True
+
+    def _hand_out(self, attempt: Attempt, session: Session) -> TaskResult[P, V]:
+        """Return the result of an attempt, and count it as handed out."""
+        lane = attempt.lane
+        lane.delivered += 1
+        if lane.delivered >= lane.resume_at:
+            session.crew.post(session.run.delivered, lane)
+        return result_of(attempt, session.wall_offset)
+
+    def _close_books(self, owner: Reporting, session: Session, left: Iterable[Attempt | None]) -> None:
+        """Make the report, with the results that were not handed out."""
+        self._over = True
+        kept = [*(self._waiting or {}).values(), *(attempt for attempt in left if attempt is not None)]
+        kept.sort(key=lambda attempt: attempt.index)
+        self.report = owner.last_report = session.report(session.results(kept))
+
+
+class Stream(Results[P, V]):
     """The results of a run, one by one: an iterator and a context manager.
 
     The intake waits for the consumer: inputs taken and not yet handed out are at most concurrency + lookahead.  For
@@ -280,14 +346,10 @@ class Stream(Generic[P, V]):
     """
 
     def __init__(self, owner: Face, make_session: Callable[..., Session], ordered: bool) -> None:
+        super().__init__(ordered)
         self._owner = owner
-        self._out: SimpleQueue[Attempt | None] = SimpleQueue()
+        self._out = owner.stage.clock.queue()
         self._session = make_session(deliver=self._out.put)
-        self._waiting: dict[int, Attempt] | None = {} if ordered else None
-        self._next_index = 0
-        self._over = False
-        self.report: RunReport[P, V] | None = None
-        """The report: after the end, after `close`, and after an exception."""
         self._guard(self._session.start)
 
     def __iter__(self) -> Self:
@@ -302,11 +364,7 @@ class Stream(Generic[P, V]):
             assert self.report is not None
             self._session.raise_if_ended_by_error(self.report)
             raise StopIteration
-        lane = attempt.lane
-        lane.delivered += 1
-        if lane.delivered >= lane.resume_at:
-            self._session.crew.post(self._session.run.delivered, lane)
-        return result_of(attempt, self._session.wall_offset)
+        return self._hand_out(attempt, self._session)
 
     def __enter__(self) -> Self:
         return self
@@ -315,8 +373,9 @@ class Stream(Generic[P, V]):
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_over", True):
+        if not getattr(self, "_over", True) and hasattr(self, "_session"):
             self._session.cancel("closed", "abandon")
+            self._session.leave()
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Stop the run; what was taken is still handed out, CANCELLED where it was not finished."""
@@ -331,16 +390,11 @@ class Stream(Generic[P, V]):
 
     def _take(self) -> Attempt | None:
         """Return the next attempt to hand out, in order if that was asked for; None after the last."""
-        waiting = self._waiting
-        if waiting is None:
-            return self._out.get()
-        while self._next_index not in waiting:
+        while (attempt := self._next_in_order()) is None:
             attempt = self._out.get()
-            if attempt is None:
-                return None
-            waiting[attempt.index] = attempt
-        self._next_index += 1
-        return waiting.pop(self._next_index - 1)
+            if attempt is None or not self._keep(attempt):
+                break
+        return attempt
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         try:
@@ -353,48 +407,68 @@ class Stream(Generic[P, V]):
             raise
 
     def _end(self) -> None:
-        self._over = True
         if self._session.crew.over:
             self._session.join()
-        left = list((self._waiting or {}).values())
+        left = []
         while True:
             try:
-                attempt = self._out.get_nowait()
+                left.append(self._out.get_nowait())
             except Empty:
                 break
-            if attempt is not None:
-                left.append(attempt)
-        left.sort(key=lambda attempt: attempt.index)
-        self.report = self._owner.last_report = self._session.report(self._session.results(left))
+        self._close_books(self._owner, self._session, left)
 
 
-class Face:
-    """What the executors of threads share: `run` and `stream` over a session."""
+class Reporting:
+    """What all executors have."""
 
     last_report: RunReport[Any, Any] | None = None
     """The report of the run that ended last, also of one that was interrupted."""
 
-    def _session(self, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+    stage: Stage
+    """Where its runs take place."""
+    input_kinds: tuple[type, ...] = (Iterable,)
+    """What inputs may be."""
+
+    def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
+        """Make a run of this executor's, on its own stage or on another."""
         raise NotImplementedError
 
-    def _run(self, inputs: Any, cancel: CancellationToken | None, order: Callable[[Any], Any] | None = None) -> Any:
-        records: list[Record] = []
-        session = self._session(inputs, cancel, records=records)
-        results = session.results(records)
-        try:
-            session.start()
-            session.crew.wait()
-            session.join()
-        except BaseException as error:
-            session.abort_for(error)
-            self.last_report = session.report(results)
-            attach_report(error, self.last_report)
-            raise
-        if order is not None:
-            records.sort(key=order)
-        report = self.last_report = session.report(results)
-        session.raise_if_ended_by_error(report)
-        return report
+    def shape(self, value: Any) -> Any:
+        """Return what a value comes to that was not fetched but made up."""
+        return value
+
+    def in_order(self, records: list[Record]) -> list[Record]:
+        """Return what is kept of a run's tasks in the order in which they are reported."""
+        return records
+
+
+def run_blocking(face: Reporting, stage: Stage, inputs: Any, cancel: CancellationToken | None) -> RunReport[Any, Any]:
+    """Run to the end, and return the report; raise what interrupts the caller with the report attached."""
+    records: list[Record] = []
+    session = face.make_session(stage, inputs, cancel, records=records)
+    try:
+        session.start()
+        session.crew.wait()
+        session.join()
+    except BaseException as error:
+        session.abort_for(error)
+        report = session.report(session.results(face.in_order(records)))
+        attach_report(error, report)
+        if stage is face.stage:
+            face.last_report = report
+        raise
+    report = session.report(session.results(face.in_order(records)))
+    if stage is face.stage:
+        face.last_report = report
+    session.raise_if_ended_by_error(report)
+    return report
+
+
+class Face(Reporting):
+    """What the executors of threads share: `run` and `stream` over a session."""
+
+    def _run(self, inputs: Any, cancel: CancellationToken | None) -> Any:
+        return run_blocking(self, self.stage, inputs, cancel)
 
     def _stream(self, inputs: Any, ordered: bool, cancel: CancellationToken | None) -> Stream[Any, Any]:
-        return Stream(self, functools.partial(self._session, inputs, cancel), ordered)
+        return Stream(self, functools.partial(self.make_session, self.stage, inputs, cancel), ordered)

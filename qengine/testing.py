@@ -1,4 +1,5 @@
-"""For the tests of programs that use qengine: `StubExecutor`, an executor that calls nothing."""
+"""For the tests of programs that use qengine: `VirtualClock`, on which waiting takes no time, and `StubExecutor`, an
+executor that calls nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +9,13 @@ from threading import Lock
 from typing import Any
 
 from .drivers.calls import current_attempt
+from .drivers.virtual import VirtualClock
 from .errors import TaskError, TaskTimeoutError, refuse, refuse_type, require_at_least, require_number
 from .executor import TaskScheduler
 from .model import Event, TaskStatus
 from .policy import ExecutionPolicy
+
+__all__ = ["StubExecutor", "VirtualClock"]
 
 Behaviour = TaskStatus | BaseException | type[BaseException]
 
@@ -27,6 +31,7 @@ class StubExecutor(TaskScheduler[Any, Any]):
             FAILED, ERROR, TIMEOUT or CANCELLED), an exception to raise, or a sequence of those, one for each attempt,
             the last of them for all that follow.
         seed: Seeds what is drawn.
+        clock: As for a TaskScheduler; on a VirtualClock the delay takes no time.
         on_event: As for a TaskScheduler.
 
     `calls` lists the payloads of all calls, in the order in which they began.  Thread-safe.
@@ -46,6 +51,7 @@ class StubExecutor(TaskScheduler[Any, Any]):
         failure_rate: float = 0.0,
         behaviours: Mapping[Hashable, Behaviour | Sequence[Behaviour]] | None = None,
         seed: int = 0,
+        clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._delay = require_at_least("simulated_delay", simulated_delay, 0.0)
@@ -59,14 +65,17 @@ class StubExecutor(TaskScheduler[Any, Any]):
         self._rng = random.Random(seed)
         self._lock = Lock()
         self.calls: list[Any] = []
-        super().__init__(self._behave, policy, on_event=on_event)
+        self._clock = clock
+        super().__init__(self._behave, policy, clock=clock, on_event=on_event)
 
     def _behave(self, payload: Any) -> Any:
         attempt = current_attempt()
         with self._lock:
             self.calls.append(payload)
             fails = self._rng.random() < self._failure_rate
-        if self._delay:
+        if self._delay and self._clock is not None:
+            self._clock.sleep(self._delay)
+        elif self._delay:
             attempt.cancel.wait(self._delay)
         key = payload if attempt.task.key is None else attempt.task.key
         told = self._behaviours.get(key) if isinstance(key, Hashable) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -115,8 +115,9 @@ class Feed:
 
     Args:
         kind: What it brings.
-        open_fn: Opens the iterable; user code, run by whoever pulls.
-        prepare: Turns an item into what arrives (an Attempt, or a NodeKey); user code may run in it.
+        open_fn: Opens the iterable, sync or async; user code, run by whoever pulls.
+        prepare: Turns an item into what arrives (an Attempt, or a NodeKey), or returns an awaitable of that; user
+            code may run in it.
         lane: Whose queue it feeds; None where each item says so itself.
         rank: Where its items stand in the order of admission.
     """
@@ -146,7 +147,7 @@ class Feed:
     def __init__(
         self,
         kind: FeedKind,
-        open_fn: Callable[[], Iterable[Any]],
+        open_fn: Callable[[], Any],
         prepare: Callable[[Any], Any],
         *,
         label: str,
@@ -162,7 +163,7 @@ class Feed:
         self.lane = lane
         self.node = node
         self.rank = rank
-        self.iterator: Iterator[Any] | None = None
+        self.iterator: Any = None
         self.handful = handful  # how many items a pull takes at the most, where they come quickly
         self.wanted = 1
         self.arrived: deque[Any] = deque()

@@ -7,16 +7,22 @@ of the caller who started the run and keeps its changes to itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
-from inspect import isasyncgen
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..core.lane import SLOW_PULL, Attempt, Feed
 from ..core.steps import Raised
-from ..errors import RateLimitError
+from ..core.tree import NodeKey
+from ..errors import RateLimitError, refuse_type
 from ..model import CancellationToken, Task
+from .clock import Clock
+
+T = TypeVar("T")
 
 _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
@@ -24,29 +30,41 @@ PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple,
 
 _END: Any = object()
 
-class Worker(Protocol):
+
+class GivenUp(BaseException):
+    """Ends a call that nobody waits for any more, where it can be ended: as CancelledError does under asyncio."""
+
+
+class HasWork(Protocol):
     """Whatever runs attempts, one after the other."""
 
     work: Any
 
 
-_current: ContextVar[tuple[Worker, Callable[[], float], int]] = ContextVar("qengine_current_attempt")
+_current: ContextVar[tuple[HasWork, Clock, int]] = ContextVar("qengine_current_attempt")
 
 
-def set_current_worker(worker: Worker, now_fn: Callable[[], float]) -> None:
+def set_current_worker(worker: HasWork, clock: Clock) -> None:
     """Let the code that runs in this context, and in this thread, find its attempt."""
-    _current.set((worker, now_fn, get_ident()))
+    _current.set((worker, clock, get_ident()))
+
+
+def current_worker() -> tuple[HasWork, Clock] | None:
+    """Return the worker in whose attempt this code runs, and its clock; None outside of a task."""
+    worker, clock, thread = _current.get((None, None, None))
+    return None if worker is None or clock is None or thread != get_ident() else (worker, clock)
 
 
 class CurrentAttempt:
     """What a running task can learn of its own attempt; `current_attempt()` returns it."""
 
-    __slots__ = ("_now_fn", "cancel", "deadline", "number", "task")
+    __slots__ = ("_now_fn", "cancel", "deadline", "number", "source", "task")
 
     def __init__(self, attempt: Attempt, now_fn: Callable[[], float]) -> None:
         self._now_fn = now_fn
         self.task: Task[Any] = task_of(attempt)
         self.number = attempt.number
+        self.source = attempt.lane.name
         self.cancel = CancellationToken()
         self.deadline = attempt.started_at + attempt.timeout
 
@@ -58,18 +76,24 @@ class CurrentAttempt:
 def current_attempt() -> CurrentAttempt:
     """Return the attempt in which this code runs.
 
-    Its `task`; `number`, 1 for the first; `cancel`, a CancellationToken that is cancelled when the attempt is given
-    up; `deadline`, an instant of the run's clock, and `remaining()`, the seconds until then.
+    Its `task`; `source`, the name of its source or lane; `number`, 1 for the first; `cancel`, a CancellationToken that
+    is cancelled when the attempt is given up; `deadline`, an instant of the run's clock, and `remaining()`, the seconds
+    until then.  Under asyncio the tasks that it starts and awaits find it too.
 
     Raises:
         RuntimeError: Outside of a task, which is also in a thread that the task has started.
     """
-    worker, now_fn, thread = _current.get((None, None, None))
-    if worker is None or now_fn is None or thread != get_ident():
+    found = current_worker()
+    if found is None:
         raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
-    attempt: Attempt = worker.work
+    worker, clock = found
+    return view_of(worker.work, clock)
+
+
+def view_of(attempt: Attempt, clock: Clock) -> CurrentAttempt:
+    """Return what its task can learn of an attempt."""
     if attempt.view is None:
-        attempt.view = CurrentAttempt(attempt, now_fn)
+        attempt.view = CurrentAttempt(attempt, clock.now)
         if attempt.reason is not None:  # given up in the same instant
             attempt.view.cancel.cancel(attempt.reason)
     view: CurrentAttempt = attempt.view
@@ -87,12 +111,35 @@ def tell_cancelled(attempt: Attempt, reason: str) -> None:
         attempt.view.cancel.cancel(reason)
 
 
+def is_async(fn: object) -> bool:
+    """Say whether calling `fn` gives something to be awaited or iterated over asynchronously."""
+    target: Any = fn
+    while isinstance(target, functools.partial):
+        target = target.func
+    call = getattr(type(target), "__call__", None)  # noqa: B004 - an object may have an async one
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return any(kind(one) for kind in kinds for one in (target, call)) or _is_marked_async(target)
+
+
+def _is_marked_async(target: object) -> bool:
+    """Say whether asyncio takes it for a coroutine function by a mark of its own, as it does with an AsyncMock."""
+    coroutines = sys.modules.get("asyncio.coroutines")
+    mark = getattr(coroutines, "_is_coroutine", None)
+    return mark is not None and getattr(target, "_is_coroutine", None) is mark
+
+
+def refuse_async(name: str, fn: object, allowed: str = "a plain function: threads cannot await an async one") -> None:
+    """Refuse an async function where nobody would await it."""
+    if is_async(fn):
+        refuse_type(name, fn, allowed)
+
+
 def check_value(value: Any) -> None:
-    """Refuse what only an event loop could use: a returned awaitable, which is closed, or an async generator."""
-    if hasattr(type(value), "__await__") or isasyncgen(value):
+    """Refuse what nobody would await any more: a returned awaitable, which is closed, or an async generator."""
+    if hasattr(type(value), "__await__") or inspect.isasyncgen(value):
         if hasattr(value, "close"):
             value.close()
-        raise TypeError(f"the task returned {type(value).__name__}, an awaitable: threads cannot await it")
+        raise TypeError(f"the task returned {type(value).__name__}, an awaitable, and nobody awaits what is returned")
 
 
 def run_in(context: Context, fn: Callable[[Any], Any], payload: Any) -> Any:
@@ -116,8 +163,8 @@ def raised(attempt: Attempt, error: BaseException) -> Raised:
         return Raised(broken)
 
 
-def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:
-    """Take up to `feed.wanted` items, fewer if that takes long.
+async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:
+    """Take up to `feed.wanted` items, fewer if that takes long.  Waits only where the user's code is async.
 
     Returns:
         Whether that was the end, and the error that ended it.
@@ -125,18 +172,44 @@ def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException |
     arrived, prepare = feed.arrived.append, feed.prepare
     until = feed.pulled_at + SLOW_PULL
     try:
-        if feed.iterator is None:
-            feed.iterator = iter(feed.open_fn())
+        iterator = feed.iterator
+        if iterator is None:
+            opened = feed.open_fn()
+            if hasattr(type(opened), "__await__"):
+                opened = await opened
+            iterator = feed.iterator = aiter(opened) if hasattr(type(opened), "__aiter__") else iter(opened)
+        is_async = hasattr(type(iterator), "__anext__")
         for _ in range(feed.wanted):
-            item = next(feed.iterator, _END)
+            item = await anext(iterator, _END) if is_async else next(iterator, _END)
             if item is _END:
                 return True, None
-            arrived(prepare(item))
+            ready = prepare(item)
+            arrived(ready if type(ready) is Attempt or type(ready) is NodeKey else await ready)
             if now_fn() > until:
                 break
     except BaseException as error:
         return True, error
     return False, None
+
+
+def pull_now(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:
+    """Do as `pull` does, where nothing can be awaited."""
+    return run_now(pull(feed, now_fn))
+
+
+def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that has nothing to wait for to its end.
+
+    Raises:
+        TypeError: It does wait for something.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+    coroutine.close()
+    raise TypeError("something async takes time, and nobody can wait for it here")
 
 
 def is_plain_data(inputs: object) -> bool:
@@ -152,7 +225,7 @@ def _seconds(retry_after: object) -> float:
 
 def _is_cancellation(error: BaseException) -> bool:
     # By name: importing asyncio or concurrent.futures here would make every program pay for it.
-    return any(
+    return isinstance(error, GivenUp) or any(
         kind.__name__ == "CancelledError" and kind.__module__ in ("asyncio.exceptions", "concurrent.futures._base")
         for kind in type(error).__mro__
     )

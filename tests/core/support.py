@@ -13,6 +13,7 @@ from typing import Any
 from qengine import (
     BreakerPolicy,
     Event,
+    QueryExecutor,
     RateLimit,
     RateLimitError,
     RetryPolicy,
@@ -28,7 +29,7 @@ from qengine.core.limits import LimitSet
 from qengine.core.run import Run
 from qengine.core.steps import DONE, Cancel, Raised, Step, Wait
 from qengine.core.tree import Tree
-from qengine.drivers.calls import pull, raised
+from qengine.drivers.calls import pull_now, raised
 from qengine.query import _Feeds
 
 NO_RETRY = RetryPolicy()
@@ -94,7 +95,7 @@ class Trial:
                 return steps
 
     def obey_pull(self, feed: Feed, now: float) -> None:
-        self.run.offered(feed, *pull(feed, lambda: now), now)
+        self.run.offered(feed, *pull_now(feed, lambda: now), now)
 
     def start(self, now: float = 0.0) -> list[Attempt]:
         """The attempts that may start now, all of them."""
@@ -218,7 +219,7 @@ def make_tree(
     """The hierarchy of a plan, as the executor makes it; `accepts` says of each lane which queries it takes."""
     accepts = [None] * len(lanes) if accepts is None else accepts
     sources = [Source(lane.name, lane.call, accepts=fn) for lane, fn in zip(lanes, accepts, strict=True)]
-    feeds = _Feeds(plan, sources, lanes)
+    feeds = _Feeds(QueryExecutor(sources, plan), lanes)
     return Tree(
         Feed(FeedKind.NODES, lambda: roots, feeds.node_of((), lanes[0]), label="roots"), feeds.queries, feeds.children,
         feeds.following if hasattr(plan, "following") else None,

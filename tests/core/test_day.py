@@ -15,8 +15,10 @@ from core.support import Trial, drive, make_gate, make_tree
 
 from qengine import Source
 from qengine.core.lane import Attempt, Lane
+from qengine.drivers.clock import SYSTEM_CLOCK
 from qengine.news import QueryGenerator, get_all_regions
 from qengine.news.sources import create_gnews_scheduler, create_google_scheduler, create_newsdata_scheduler
+from qengine.session import threads_stage
 
 Story = dict[str, Any]
 LATENCY = {"google": 0.9, "newsdata": 0.6, "gnews": 0.4}
@@ -65,8 +67,9 @@ class Day:
 
     @staticmethod
     def _lane(source: Source) -> Lane:
-        lane = source.make_lane(64)
-        lane.gate = make_gate(*source.limits, breaker=source.breaker)      # type: ignore[arg-type] # all declared
+        gate = make_gate(*source.limits, breaker=source.breaker)      # type: ignore[arg-type] # all declared
+        lane = source.make_lane(threads_stage(None), SYSTEM_CLOCK, source.fetch, 64)
+        lane.gate = gate
         return lane
 
     def _behave(self, attempt: Attempt, now: float) -> tuple[float, Any]:

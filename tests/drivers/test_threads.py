@@ -319,8 +319,8 @@ def test_a_second_interrupt_does_not_lose_the_report() -> None:
 
     before = signal.signal(signal.SIGALRM, interrupt)
     executor = ConcurrentExecutor(lambda payload: sleep(0.5), ExecutionPolicy(concurrency=2))
-    held = executor._session        # the second comes while the first is being dealt with
-    executor._session = lambda *args, **fields: interrupted_again(held(*args, **fields))  # type: ignore[method-assign]
+    held = executor.make_session        # the second comes while the first is being dealt with
+    executor.make_session = lambda *args, **fields: interrupted_again(held(*args, **fields))  # type: ignore[method-assign]
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt) as caught:

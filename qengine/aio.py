@@ -1,0 +1,450 @@
+"""The asyncio twins: `AsyncConcurrentExecutor`, `AsyncTaskScheduler`, `AsyncQueryExecutor` and `AsyncStream`.
+
+Rules: as of the faces with threads, whose policies, limits, plans and reports these share.  They run in the loop of
+whoever calls them and start no thread, except for functions made by `in_thread`.  A caller that is cancelled gets its
+CancelledError within 0.1 s, when all tasks of the run have been cancelled, with the partial report as its `report`
+attribute and, on the executor, as `last_report`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+from weakref import WeakKeyDictionary
+
+from .core.lane import Attempt, Lane
+from .core.run import Record
+from .drivers.asyncio import Inbox, TaskCrew
+from .drivers.calls import is_async, run_in
+from .drivers.clock import SYSTEM_CLOCK
+from .drivers.virtual import VirtualClock
+from .errors import optional, refuse_type, require_callable, require_kind
+from .executor import Call, Calls, Exit, FunctionFace, LaneBook, refuse_limits, unnamed
+from .manifest import RunManifest
+from .model import CancellationToken, CollectionReport, Event, Query, RunReport, Task, TaskResult
+from .policy import ExecutionPolicy, StopConditions
+from .query import HierarchyFace, Source, items_of
+from .session import INTERRUPT_SECONDS, Reporting, Results, Session, Stage, attach_report, check_run
+
+P = TypeVar("P")
+V = TypeVar("V")
+
+Inputs = Iterable[P | Task[P]] | AsyncIterable[P | Task[P]]
+
+_KINDS = (Iterable, AsyncIterable)
+
+
+def asyncio_stage(clock: VirtualClock | None) -> Stage:
+    """Return the stage of an executor under asyncio; None for real time."""
+    optional(require_kind, "clock", clock, VirtualClock)
+    return Stage(SYSTEM_CLOCK if clock is None else clock, TaskCrew)
+
+
+def require_async(name: str, fn: object) -> None:
+    """Refuse what is not an async function, though it may return an awaitable: nobody could know before."""
+    if not is_async(fn):
+        refuse_type(name, fn, "an async function: make one of a plain function by in_thread(fn)")
+
+
+async def _abort(session: Session, reason: str) -> None:
+    """Stop a run at once, and wait for its tasks to end, but not for those that do not."""
+    session.crew.tell(lambda now: session.run.cancel(reason, now, "abandon"))
+    try:
+        await session.crew.join(INTERRUPT_SECONDS)
+    except asyncio.CancelledError:  # a second one adds nothing: whoever waits here is on the way out
+        pass
+    finally:
+        session.leave()
+
+
+class AsyncStream(Results[P, V]):
+    """The results of a run, one by one: an async iterator and an async context manager.
+
+    The run begins with the first `__anext__` or with `async with`.  The intake waits for the consumer: inputs taken
+    and not yet handed out are at most concurrency + lookahead.  For one task at a time; `cancel` may be called from
+    any thread.  A consumer that is cancelled while it waits here ends the run.
+    """
+
+    def __init__(self, owner: Reporting, make_session: Callable[..., Session], ordered: bool) -> None:
+        super().__init__(ordered)
+        self._owner = owner
+        self._make_session = make_session
+        self._out: Inbox[Attempt | None] = Inbox()
+        self._session: Session | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TaskResult[P, V]:
+        if self._over:
+            raise StopAsyncIteration
+        session = self._begun()
+        try:
+            attempt = await self._take()
+            if attempt is None:
+                await session.crew.join()
+                session.conclude()
+        except BaseException as error:
+            await _abort(session, "interrupted")
+            attach_report(error, self._closed(session))
+            raise
+        if attempt is None:
+            session.raise_if_ended_by_error(self._closed(session))
+            raise StopAsyncIteration
+        return self._hand_out(attempt, session)
+
+    async def __aenter__(self) -> Self:
+        self._begun()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None and not self._over:
+            session.cancel("closed", "abandon")
+            session.leave()
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Stop the run; what was taken is still handed out, CANCELLED where it was not finished."""
+        require_kind("reason", reason, str)
+        self._begun().cancel(reason)
+
+    async def aclose(self) -> None:
+        """Stop the run at once and give up what runs; what was not handed out is in `report.results`."""
+        if not self._over:
+            session = self._begun()
+            await _abort(session, "closed")
+            self._closed(session)
+
+    def _begun(self) -> Session:
+        if self._session is None:
+            self._session = self._make_session(deliver=self._out.put)
+            self._session.start()
+        return self._session
+
+    async def _take(self) -> Attempt | None:
+        """Return the next attempt to hand out, in order if that was asked for; None after the last."""
+        while (attempt := self._next_in_order()) is None:
+            attempt = await self._out.get()
+            if attempt is None or not self._keep(attempt):
+                break
+        return attempt
+
+    def _closed(self, session: Session) -> RunReport[P, V]:
+        self._close_books(self._owner, session, self._out.take_all())
+        assert self.report is not None
+        return self.report
+
+
+class _AsyncFace(Reporting):
+    """What the executors of asyncio share: `run` and `stream` over a session."""
+
+    input_kinds = _KINDS
+
+    async def _run(self, inputs: Any, cancel: CancellationToken | None) -> Any:
+        records: list[Record] = []
+        session = self.make_session(self.stage, inputs, cancel, records=records)
+        try:
+            session.start()
+            await session.crew.wait()
+            await session.crew.join()
+            session.conclude()
+        except BaseException as error:
+            await _abort(session, "interrupted")
+            self.last_report = session.report(session.results(self.in_order(records)))
+            attach_report(error, self.last_report)
+            raise
+        report = self.last_report = session.report(session.results(self.in_order(records)))
+        session.raise_if_ended_by_error(report)
+        return report
+
+    def _stream(self, inputs: Any, ordered: bool, cancel: CancellationToken | None) -> AsyncStream[Any, Any]:
+        return AsyncStream(self, lambda **fields: self.make_session(self.stage, inputs, cancel, **fields), ordered)
+
+
+class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
+    """An executor of one async function."""
+
+    def __init__(
+        self,
+        fn: Callable[[P], Coroutine[Any, Any, V]],
+        clock: VirtualClock | None,
+        policy: ExecutionPolicy,
+        lane_by: Callable[[P], Any] | None,
+        key: Callable[[P], Any] | None,
+        on_event: Callable[[Event], object] | None,
+    ) -> None:
+        require_callable("fn", fn)
+        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event)
+        require_async("fn", fn)
+        self._calls: WeakKeyDictionary[Any, _AsyncCalls] = WeakKeyDictionary()
+        self._books: WeakKeyDictionary[Any, LaneBook] = WeakKeyDictionary()
+
+    async def run(self, inputs: Inputs[P], cancel: CancellationToken | None = None) -> RunReport[P, V]:
+        """Call the function for every input and return the report, results in input order.
+
+        Args:
+            inputs: Payloads or Tasks, also from an async iterable; taken lazily, at most `lookahead` ahead.
+            cancel: Stops the run when it is cancelled.
+
+        Raises:
+            What the inputs' iterator raised, once all that was taken is done; CancelledError, within 0.1 s.  Both with
+            the report as their `report` attribute.
+        """
+        check_run("inputs", inputs, cancel, _KINDS)
+        report: RunReport[P, V] = await self._run(inputs, cancel)
+        return report
+
+    def stream(
+        self,
+        inputs: Inputs[P],
+        ordered: bool = False,
+        cancel: CancellationToken | None = None,
+    ) -> AsyncStream[P, V]:
+        """Call the function for every input; return an async iterator over the results, as they come or in order."""
+        check_run("inputs", inputs, cancel, _KINDS)
+        return self._stream(inputs, ordered, cancel)
+
+    async def call(self, payload: P | Task[P]) -> V:
+        """Call the function for one payload, under the same limits, and return its value.
+
+        From many tasks of a loop at once: all calls share the executor's concurrency and one budget.  Stop conditions
+        and keys are those of a run and do not apply.  A caller that is cancelled takes its call with it, and no other.
+
+        Raises:
+            The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
+        """
+        loop = asyncio.get_running_loop()
+        task = unnamed(payload)
+        book = self._books.get(loop)
+        if book is None:
+            book = self._books[loop] = LaneBook(self, self.stage, self._call_in_context)
+        lane = book.lane(self.lane_key(task.payload))
+        calls = self._calls.get(loop)
+        if calls is None:
+            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event)
+        calls.pending += 1
+        try:
+            return await calls.call(task, lane)  # type: ignore[no-any-return]
+        finally:
+            calls.pending -= 1
+            if calls.pending == 0:
+                del self._calls[loop]
+                await calls.close()
+
+    async def _call_in_context(self, call: Call) -> V:
+        context = call.context.copy()
+        coroutine = run_in(context, self._in_task, call.payload)
+        return await asyncio.get_running_loop().create_task(coroutine, context=context)
+
+    async def _in_task(self, payload: P) -> V:
+        try:
+            value: V = await self._fn(payload)
+            return value
+        except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop if the task raised it
+            raise Exit from error
+
+
+class _AsyncCalls(Calls):
+    """The run behind `call` of one loop."""
+
+    async def call(self, task: Task[Any], lane: Lane) -> Any:
+        """Submit a task and wait for its value."""
+        session = self.session
+        reply: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
+        call = Call(task.payload, partial(_settle, reply))
+        attempt = Attempt(call, task, lane)
+        self.waiting.add(call)
+        session.crew.tell(session.run.submitted, attempt)
+        try:
+            return self.value(None if session.crew.over else await reply)
+        except asyncio.CancelledError:
+            if call in self.waiting:
+                session.crew.tell(session.run.withdrawn, attempt, "cancelled")
+            raise
+
+    async def close(self) -> None:
+        """End the run."""
+        self.session.crew.tell(self.session.run.closed, self.feed)
+        try:
+            await self.session.crew.join()
+        finally:
+            self.session.conclude()
+
+
+def _settle(reply: asyncio.Future[Attempt | None], attempt: Attempt | None) -> None:
+    if not reply.done():  # else nobody waits any more
+        reply.set_result(attempt)
+
+
+class AsyncConcurrentExecutor(_AsyncFunctionFace[P, V]):
+    """Runs an async function over many inputs, a fixed number at once.
+
+    Args:
+        fn: An async function, called with each payload; one that blocks goes in as `in_thread(fn)`.
+        policy: Concurrency, timeout, retries, stops, budget; limits and batches need an AsyncTaskScheduler.
+        clock: A VirtualClock to run in virtual time; None for real time.
+        key: Names a payload: a second one of the same name in a run is skipped.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Several runs may go on at once.  Not tied to a loop: it may be used in several, one after the other or in threads.
+
+    >>> async def double(x):
+    ...     return x * 2
+    >>> asyncio.run(AsyncConcurrentExecutor(double).run([1, 2, 3])).values()
+    [2, 4, 6]
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[P], Coroutine[Any, Any, V]],
+        policy: ExecutionPolicy = ExecutionPolicy(),
+        *,
+        clock: VirtualClock | None = None,
+        key: Callable[[P], Any] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        refuse_limits(policy, "AsyncTaskScheduler")
+        super().__init__(fn, clock, policy, None, key, on_event)
+
+
+class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
+    """Runs an async function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
+
+    Args:
+        fn: An async function, called with each payload; one that blocks goes in as `in_thread(fn)`.
+        policy: See ExecutionPolicy.
+        lane_by: Gives the lane of a payload: each has limits, concurrency, a budget and a breaker of its own.
+        clock: A VirtualClock to run in virtual time; None for real time.
+        key: Names a payload: a second one of the same name in a run is skipped.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Several runs may go on at once; they share the limits.  Not tied to a loop.
+
+    >>> from qengine import RateLimit
+    >>> clock = VirtualClock()
+    >>> async def fetch(x):
+    ...     await clock.sleep(0.5)
+    ...     return x
+    >>> scheduler = AsyncTaskScheduler(fetch, ExecutionPolicy(limits=[RateLimit(per_second=1)]), clock=clock)
+    >>> asyncio.run(scheduler.run(range(60))).makespan
+    59.5
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[P], Coroutine[Any, Any, V]],
+        policy: ExecutionPolicy,
+        *,
+        lane_by: Callable[[P], Any] | None = None,
+        clock: VirtualClock | None = None,
+        key: Callable[[P], Any] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        super().__init__(fn, clock, policy, lane_by, key, on_event)
+
+    @classmethod
+    def from_manifest(
+        cls, fn: Callable[[P], Coroutine[Any, Any, V]], manifest: RunManifest, **options: Any
+    ) -> Self:
+        """Make one with the policy of a manifest; `options` are those of the class."""
+        return cls(fn, require_kind("manifest", manifest, RunManifest).policy, **options)
+
+
+class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
+    """Asks several sources about a hierarchy of nodes, parents first, children only where something was found.
+
+    Args:
+        sources: Their names must differ, and each `fetch` is an async function or an async generator function; one
+            that blocks goes in as `in_thread(fetch)`.
+        plan: See Plan; each of its methods may be plain or async.
+        concurrency: Calls at once over all sources; None for the sum of theirs.
+        stop: When to stop.
+        lookahead: Queries made ready beyond those that run, for each source.
+        clock: A VirtualClock to run in virtual time; None for real time.
+        on_event: Called with each Event, one at a time; it must be quick.
+
+    Several runs may go on at once; they share the sources' limits.  Not tied to a loop.
+
+    >>> class Two:
+    ...     def queries(self, node, source):
+    ...         return [f"{node}?"]
+    ...     async def children(self, node, result):
+    ...         return [node + "1", node + "2"] if len(node) < 2 else []
+    >>> async def echo(query):
+    ...     return [query.payload.upper()]
+    >>> asyncio.run(AsyncQueryExecutor([Source("echo", echo)], Two()).run(["a"])).items
+    ['A?', 'A1?', 'A2?']
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: Any,
+        *,
+        concurrency: int | None = None,
+        stop: StopConditions = StopConditions(),
+        lookahead: int = 64,
+        clock: VirtualClock | None = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        super().__init__(sources, plan, asyncio_stage(clock), concurrency, stop, lookahead, on_event)
+        for source in self.sources:
+            require_async(f"fetch of {source.name!r}", source.fetch)
+
+    async def run(
+        self, roots: Iterable[Hashable] | AsyncIterable[Hashable], cancel: CancellationToken | None = None
+    ) -> CollectionReport[Any]:
+        """Ask all that there is to ask, and return the report: results by level, then root, then child.
+
+        Args:
+            roots: The nodes of level 0, also from an async iterable; taken lazily.
+            cancel: Stops the run when it is cancelled.
+
+        Raises:
+            What the roots' iterator raised, once all that was taken is done; CancelledError, within 0.1 s.  Both with
+            the report as their `report` attribute.
+        """
+        check_run("roots", roots, cancel, _KINDS)
+        report: CollectionReport[Any] = await self._run(roots, cancel)
+        return report
+
+    def stream(
+        self,
+        roots: Iterable[Hashable] | AsyncIterable[Hashable],
+        ordered: bool = False,
+        cancel: CancellationToken | None = None,
+    ) -> AsyncStream[Any, Any]:
+        """Ask all that there is to ask; return an async iterator over the results, as they come or in order."""
+        check_run("roots", roots, cancel, _KINDS)
+        return self._stream(roots, ordered, cancel)
+
+    def fetcher(self, source: Source) -> Callable[[Query[Any]], Any]:
+        """Return what fetches the items of a query, as this world's workers call it."""
+
+        async def fetch(query: Query[Any]) -> list[Any]:
+            found: Any = source.fetch(query)
+            if hasattr(type(found), "__aiter__"):
+                return [item async for item in found]
+            return items_of("fetch", await found)
+
+        return fetch
+
+    def opened(self, name: str, value: Any) -> Any:
+        """Return what a method of the plan gave, to be iterated over as it is needed."""
+        return _opened(name, value)
+
+
+async def _opened(name: str, value: Iterable[Any] | AsyncIterable[Any] | Awaitable[Any] | None) -> Any:
+    given: Any = value
+    if hasattr(type(given), "__await__"):
+        given = await given
+    if given is None:
+        return ()
+    if isinstance(given, (str, bytes)) or not isinstance(given, _KINDS):
+        raise TypeError(f"{name} returned {given!r}, allowed is None or an iterable that is not a string")
+    return given

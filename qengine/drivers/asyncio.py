@@ -1,0 +1,257 @@
+"""The asyncio driver: tasks that pull.
+
+A few tasks, not one for each input, run the user's coroutine functions one after the other, in the loop of the caller
+and without a thread.  Making a task for each call would cost more than all that the core does.
+
+Rules: tasks are held strongly, and none is ever waited for without a bound, so there is no TaskGroup.  One timer for
+the whole run.  A worker whose call was cancelled, by us, by itself or by a stranger, or that changed a context
+variable, ends and is replaced: nothing of an attempt is seen by the next.  Calls that never wait give the loop a turn
+every 5 ms, all workers together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable
+from contextvars import copy_context
+from threading import get_ident
+from typing import Any, Generic, TypeVar
+
+from ..core.lane import Attempt, Feed
+from ..core.run import Run
+from ..core.steps import Raised
+from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
+from .clock import SYSTEM_CLOCK, CanCancel, Clock, DriverThread
+from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
+from .handover import Lender
+
+T = TypeVar("T")
+
+SLICE = 0.005
+"""Seconds of calls that do not wait, after which the loop gets a turn."""
+
+UNWIND_SECONDS = 0.040
+"""How long, at the end of a run, tasks that were cancelled are waited for."""
+
+_left_behind: set[asyncio.Task[None]] = set()  # tasks that hang; a task that nobody holds may vanish while it waits
+
+
+class Inbox(Generic[T]):
+    """A queue of one reader, within one loop."""
+
+    __slots__ = ("_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: T) -> None:
+        """Put something in."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def take_all(self) -> list[T]:
+        """Take out all that there is."""
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    async def get(self) -> T:
+        """Take the oldest out, waiting for it."""
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class TaskWorker(Worker):
+    """One task of a crew, its mailbox, and the threads that it lends to functions that block."""
+
+    __slots__ = ("lender", "task")
+
+    def __init__(self, clock: Clock, number: int) -> None:
+        super().__init__(Inbox())
+        self.lender = Lender(clock, f"qengine-{number}")
+        self.task: asyncio.Task[None] | None = None
+
+
+class TaskCrew(Crew):
+    """The tasks of one run; see Crew.  Made in the loop that they live in."""
+
+    def __init__(
+        self,
+        run: Run,
+        clock: Clock,
+        *,
+        deliver: Deliver | None = None,
+        after_pump: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(run, clock, deliver=deliver, after_pump=after_pump)
+        self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
+        self._timer: CanCancel | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        # On virtual time nobody else is waiting for the loop, and a run is to be the same every time.
+        self._yield_at = self._now_fn() + SLICE if clock is SYSTEM_CLOCK else math.inf
+        self._count = 0
+        self._threads: list[DriverThread] = []
+
+    def start(self) -> None:
+        """Begin."""
+        self.clock.attach(self._loop)
+        self._pump(None, look_again, ())
+
+    def post(self, method: Callable[..., object], *args: Any) -> None:
+        """Have a method of the run called with `args` and the time.  From any thread, and from a signal handler."""
+        self._inbox.append((method, args, None))
+        if get_ident() != self._thread or not self._lock.locked():  # else whoever pumps in this thread looks again
+            try:
+                self._loop.call_soon_threadsafe(self._look)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                return
+
+    def tell(self, method: Callable[..., object], *args: Any) -> None:
+        """Call a method of the run with `args` and the time, at once.  From a task or a callback of the loop only."""
+        self._pump(None, method, args)
+
+    async def wait(self) -> None:
+        """Wait until the run is over."""
+        if not self.over:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    async def join(self, seconds: float = UNWIND_SECONDS) -> None:
+        """Wait for the tasks to end, those that were given up too, but not longer than that."""
+        tasks = [worker.task for worker in self._hired if worker.task is not None]
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=seconds)
+        finally:
+            for task in tasks:
+                if not task.done():
+                    _left_behind.add(task)
+                    task.add_done_callback(_left_behind.discard)
+            while self._threads:
+                self._threads.pop().join()  # each is on its way out
+
+    # ---- the tasks ---------------------------------------------------------------------------------------------------
+
+    def _hire(self, work: Work) -> TaskWorker:
+        self._count += 1
+        worker = TaskWorker(self.clock, self._count)
+        self._hired[worker] = None
+        self._call(work, worker)
+        return worker
+
+    def _start(self, worker: TaskWorker, work: Work) -> None:
+        worker.task = self._loop.create_task(self._live(worker), context=self._context.copy())
+        worker.mailbox.put(work)  # only now: a task that is started eagerly would run it within the pump
+
+    async def _live(self, worker: TaskWorker) -> None:
+        try:
+            await self._work(worker)
+        finally:
+            worker.place = GONE
+            self._threads += worker.lender.end()
+            self._hired.pop(worker, None)
+
+    async def _work(self, worker: TaskWorker) -> None:
+        mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
+        set_current_worker(worker, self.clock)
+        base = copy_context()
+        task = asyncio.current_task()
+        assert task is not None
+        work: Work | None = None
+        try:
+            work = await mailbox.get()
+            while work is not None:
+                worker.place = BUSY
+                if unclaimed.pop(work, None) is None:  # revoked in the same instant
+                    work = await mailbox.get()
+                    continue
+                if type(work) is Attempt:
+                    work.started_at = now_fn()  # not when it was handed over
+                while work is not None:
+                    done: Any = work
+                    if type(work) is Attempt:
+                        worker.work = work
+                        try:
+                            outcome = await work.lane.call(work.payload)
+                            if type(outcome) not in PLAIN_VALUES:
+                                check_value(outcome)
+                        except BaseException as error:
+                            if type(error) is GeneratorExit and not self._loop.is_running():
+                                raise  # the loop is gone, and this task with it
+                            outcome = raised(work, error)
+                    else:
+                        assert isinstance(work, Feed)
+                        done, outcome = self.run.offered, (work, *await pull(work, now_fn))
+                    work = None
+                    if task.cancelling() or copy_context() != base:
+                        worker.place = GONE
+                        pump(worker, done, outcome)
+                        return
+                    work = pump(worker, done, outcome)
+                    done = outcome = None  # an idle worker keeps no result alive
+                    if now_fn() >= self._yield_at:
+                        await self._yield()
+                        if type(work) is Attempt:
+                            work.started_at = now_fn()
+                work = await mailbox.get()
+        except asyncio.CancelledError as error:  # a stranger cancels all tasks of the loop, perhaps because it ends
+            self._lose(worker, work, error)
+
+    def _lose(self, worker: TaskWorker, work: Work | None, error: BaseException) -> None:
+        """Go on without a worker that was cancelled between two calls; what it was about to do is cancelled."""
+        if worker.place is IDLE:
+            self._idle.remove(worker)
+        elif worker.place is CALLED:
+            work = next((given for given, owner in self._unclaimed.items() if owner is worker), None)
+        worker.place = GONE
+        if work is not None:
+            self._unclaimed.pop(work, None)
+            if isinstance(work, Attempt):
+                self._pump(worker, work, Raised(error, cancelled=True))
+            else:
+                self._pump(worker, self.run.offered, (work, True, error))
+
+    def _interrupt(self, worker: TaskWorker) -> None:
+        if worker.task is not None:
+            worker.task.cancel()
+
+    async def _yield(self) -> None:
+        """Give the loop a turn; the next slice begins with the next pass of the loop, whoever is first in it."""
+        if self._yield_at > -math.inf:
+            self._yield_at = -math.inf
+            self._loop.call_soon(self._begin_slice)
+        await asyncio.sleep(0)
+
+    def _begin_slice(self) -> None:
+        self._yield_at = self._now_fn() + SLICE
+
+    # ---- the time ----------------------------------------------------------------------------------------------------
+
+    def _ring(self, worker: Worker | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.clock.alarm(self._loop, self._sleep_until, self._look)
+
+    def _look(self) -> None:
+        # First forget the alarm: the pump sets it anew.
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._sleep_until = math.inf
+        self._pump(None, look_again, ())
+
+    def _conclude(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -1,0 +1,99 @@
+"""`simulate`: what a run would be, before a call is spent.
+
+Rules: nothing is called but the plan and the inputs.  The limits, breakers and budgets are those of the executor as
+they are now, and are not touched: each gate has a twin on a clock that starts at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from functools import partial
+from threading import Lock
+from typing import Any
+
+from .core.gate import Gate
+from .drivers.calls import CurrentAttempt
+from .drivers.clock import Clock
+from .drivers.simulation import SimulatedCrew
+from .drivers.virtual import VirtualClock
+from .errors import optional, require_callable, require_duration, require_kind
+from .model import Query, RunReport
+from .session import Reporting, Stage, check_run, run_blocking
+
+ITEM = "simulated item"
+"""What a simulated query finds unless `outcome` says otherwise."""
+
+
+def simulate(
+    executor: Any,
+    inputs: Iterable[Any],
+    *,
+    latency: float | Callable[[CurrentAttempt], float],
+    outcome: Callable[[CurrentAttempt], Any] | None = None,
+    seed: int = 0,
+) -> RunReport[Any, Any]:
+    """Predict what `executor.run(inputs)` would come to, in virtual time, calling nothing but its plan.
+
+    Args:
+        executor: A ConcurrentExecutor, TaskScheduler or QueryExecutor, or an asyncio twin of those.  Its limits,
+            breakers and budgets are taken as they are now, and left as they are.
+        inputs: What `run` would be given; they are used up.
+        latency: Seconds that an attempt takes: a number, or called with the attempt (its `task`, `source`, `number`);
+            infinity: it hangs, until its timeout.
+        outcome: Called with the attempt when it is over: returns its value, or raises its error.  None: every task
+            succeeds, and every query finds one item.
+        seed: Seeds the jitter of backoffs.
+
+    Returns:
+        The report; its instants are seconds from the start.  The events go to the executor's `on_event`.
+
+    Raises:
+        ValueError, TypeError: A latency is no number of seconds; the partial report is its `report` attribute.
+
+    >>> from qengine import ExecutionPolicy, RateLimit, TaskScheduler
+    >>> scheduler = TaskScheduler(print, ExecutionPolicy(limits=[RateLimit(per_minute=60)]))
+    >>> report = simulate(scheduler, range(3600), latency=0.5)
+    >>> report.makespan
+    3599.5
+    """
+    require_kind("executor", executor, Reporting)
+    check_run("inputs", inputs, None, executor.input_kinds)
+    optional(require_callable, "outcome", outcome)
+    if callable(latency):
+        latency_of = latency
+    else:
+        seconds = require_duration("latency", latency)
+        latency_of = lambda attempt: seconds  # noqa: E731
+    come_to = _found if outcome is None else outcome
+    clock = VirtualClock(seed=seed)
+    stage = _Prediction(
+        clock, executor.stage, latency_of, lambda attempt: executor.shape(come_to(attempt))
+    )
+    return run_blocking(executor, stage, inputs, None)
+
+
+def _found(attempt: CurrentAttempt) -> Any:
+    return [ITEM] if isinstance(attempt.task, Query) else None
+
+
+class _Prediction(Stage):
+    """The stage of a simulated run: its gates are twins of those of the real one."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        real: Stage,
+        latency: Callable[[CurrentAttempt], float],
+        outcome: Callable[[CurrentAttempt], Any],
+    ) -> None:
+        super().__init__(clock, partial(SimulatedCrew, latency=latency, outcome=outcome))
+        self._real = real.clock
+        self._begun_at = self._real.now()
+        self._start = clock.now()
+
+    def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
+        """Return the twin of a gate, or of the one that there would be."""
+        gate = gates.get(key)
+        if gate is not None:
+            return gate.twin(self._begun_at, self._start, Lock)
+        return make(self._real).twin(self._real.now(), self.clock.now(), Lock)
