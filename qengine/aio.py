@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from functools import partial
+from _thread import _count  # of the threads that were started and run
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -144,6 +145,7 @@ class _AsyncFace(Reporting):
     """What the executors of asyncio share: `run` and `stream` over a session."""
 
     input_kinds = _KINDS
+    others = staticmethod(_count)
 
     async def _run(self, inputs: Any, cancel: CancellationToken | None) -> Any:
         records: list[Record] = []

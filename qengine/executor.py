@@ -125,16 +125,16 @@ class FunctionFace(Reporting, Generic[P, V]):
         """Return the key of the lane of a payload."""
         return _ONE_LANE if self._lane_by is None else self._lane_by(payload)
 
-    def _preparer(self, book: LaneBook) -> Callable[[Any], Attempt]:
-        """Return what makes an attempt of an input; the user's `key` and `lane_by` run in it."""
-        lane_key_of, key = self.lane_key, self._key
+    def _preparer(self, book: LaneBook) -> Callable[[Any], Any]:
+        """Return what makes an attempt of an input, or of a bare payload a pair with its lane; the user's `key` and `lane_by` run in it."""
+        lane_by, key = self._lane_by, self._key
         find, known = book.lane, book.lanes.get
 
-        def prepare(item: Any) -> Attempt:
+        def prepare(item: Any) -> Any:
             task = item if isinstance(item, Task) else None
             payload = item if task is None else task.payload
             try:
-                lane_key = lane_key_of(payload)
+                lane_key = _ONE_LANE if lane_by is None else lane_by(payload)
                 lane = known(lane_key) or find(lane_key)
                 if key is not None:
                     task = replace(task or Task(payload), key=key(payload))
@@ -142,7 +142,7 @@ class FunctionFace(Reporting, Generic[P, V]):
                 attempt = Attempt(payload, task or Task(payload), find(_ONE_LANE))
                 attempt.outcome = Raised(error)
                 return attempt
-            return Attempt(payload, task, lane)
+            return (lane, payload) if task is None else Attempt(payload, task, lane)
 
         return prepare
 
@@ -151,7 +151,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         policy = self.policy
         return Lane(
             name,
-            stage.gate(self._gates, key, lambda clock: OwnedGate(policy.limits, policy.breaker, clock)),
+            stage.gate(self._gates, key, lambda clock: OwnedGate(policy.limits, policy.breaker, clock, self.others)),
             call,
             concurrency=policy.concurrency,
             lookahead=policy.lookahead,

@@ -80,10 +80,16 @@ def check_run(name: str, inputs: object, cancel: object, kinds: tuple[type, ...]
 class OwnedGate(Gate):
     """A gate that an executor or a source owns: declared limits get a state of its own, live ones keep theirs."""
 
-    def __init__(self, limits: Sequence[Limit], breaker: BreakerPolicy | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: Sequence[Limit],
+        breaker: BreakerPolicy | None,
+        clock: Clock,
+        others: Callable[[], int] | None = None,
+    ) -> None:
         declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
         self._clock = clock
-        self._own = [LimitSet(declared, clock.now(), Lock())] if declared else []
+        self._own = [LimitSet(declared, clock.now(), Lock(), others=others)] if declared else []
         live = [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
         super().__init__([*self._own, *live], breaker, Lock())
         restart_after_fork(self)
@@ -266,7 +272,7 @@ class Session:
                     started_at=started_at + self.wall_offset,
                     duration=duration,
                 )
-            elif record.status is not None:
+            elif record is not None and record.status is not None:
                 yield result_of(record, self.wall_offset)
 
     def _tell(self) -> None:
@@ -426,6 +432,8 @@ class Reporting:
 
     stage: Stage
     """Where its runs take place."""
+    others: Callable[[], int] | None = None
+    """Gives the number of other threads, where often there is none."""
     input_kinds: tuple[type, ...] = (Iterable,)
     """What inputs may be."""
 

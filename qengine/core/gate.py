@@ -32,6 +32,8 @@ class Gate:
         "_windows",
         "active",
         "breaker",
+        "calm",
+        "take_call",
     )
 
     def __init__(
@@ -41,7 +43,9 @@ class Gate:
         lock: Lock,
     ) -> None:
         self._limit_sets = tuple(limit_sets)
-        self._take = self._limit_sets[0].try_take if len(self._limit_sets) == 1 else self._take_all
+        only = self._limit_sets[0] if len(self._limit_sets) == 1 else None
+        self._take = self._take_all if only is None else only.try_take
+        self.take_call = self._take_one_of_all if only is None else only.take_call
         self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
         self._policy = breaker
         self.renew(lock)
@@ -52,6 +56,7 @@ class Gate:
         self._watchers: list[Callable[[], object]] = []
         self._paused_until = -math.inf
         self.breaker = None if self._policy is None else Breaker(self._policy)
+        self.calm = object()
         self.active = bool(self._limit_sets) or self.breaker is not None  # an idle gate costs a run nothing
 
     def twin(self, now: float, to: float, make_lock: Callable[[], Lock]) -> Gate:
@@ -86,6 +91,16 @@ class Gate:
                 breaker.admitted(attempt)
             return ready_at
 
+    def is_calm(self, now: float) -> bool:
+        """Say whether, as long as `calm` stays the same object, a success changes nothing and only limits are asked."""
+        breaker = self.breaker
+        return (
+            not self._windows
+            and not self._watchers
+            and self._paused_until <= now
+            and (breaker is None or (breaker.state is CLOSED and breaker.spotless))
+        )
+
     def _take_all(self, amount: Amount, now: float, slack: float, held: bool) -> float:
         """Take from every set of limits or from none: as LimitSet.try_take, which serves where there is one set."""
         for position, limits in enumerate(self._limit_sets):
@@ -95,6 +110,9 @@ class Gate:
                     taken.undo(amount)
                 return ready_at
         return now
+
+    def _take_one_of_all(self, now: float, slack: float) -> bool:
+        return self._take(1, now, slack, True) <= now
 
     def skips(self, now: float) -> bool:
         """Say whether tasks should be skipped: the breaker is open and not worth waiting for."""
@@ -110,6 +128,7 @@ class Gate:
             limits.settle(amount, now)
         if self.breaker is not None and not (verdict and self.breaker.spotless):
             with self._lock:
+                self.calm = object()
                 if verdict is None:
                     self.breaker.dropped(attempt)
                 elif verdict:
@@ -130,6 +149,7 @@ class Gate:
         with self._lock:
             self._paused_until = max(self._paused_until, until)
             self.active = True
+            self.calm = object()
 
     def keep_shut(self, now: float) -> bool:
         """Let nothing through, because too many calls hang; return whether that opened the breaker.
@@ -140,6 +160,7 @@ class Gate:
         if breaker is None:
             return False
         with self._lock:
+            self.calm = object()
             if breaker.state is CLOSED:
                 breaker.trip(now)
                 return True
@@ -150,5 +171,6 @@ class Gate:
     def watch(self, wake: Callable[[], object]) -> None:
         """Have `wake` called after the next outcome that may free a place."""
         self._watchers.append(wake)
+        self.calm = object()
         for limits in self._windows:
             limits.watch(wake)

@@ -44,6 +44,7 @@ class Attempt:
     __slots__ = (
         "duration",
         "index",
+        "is_plain",
         "lane",
         "node",
         "number",
@@ -63,6 +64,7 @@ class Attempt:
     def __init__(self, payload: Any, task: Task[Any] | None, lane: Lane) -> None:
         self.payload = payload
         self.task = task
+        self.is_plain = task is None  # a bare payload of which nothing is to be remembered
         self.lane = lane
         self.number = 0
         self.rank: Rank | None = None
@@ -89,12 +91,14 @@ class Attempt:
         """Return its trail, made when first needed."""
         if self.trail is None:
             self.trail = Trail()
+            self.is_plain = False
         return self.trail
 
     def successor(self) -> Attempt:
         """Return what takes its place when it was abandoned and the task is to be tried again."""
         other = Attempt(self.payload, self.task, self.lane)
         other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
+        other.is_plain = False
         other.node = getattr(self, "node", None)
         return other
 
@@ -116,8 +120,8 @@ class Feed:
     Args:
         kind: What it brings.
         open_fn: Opens the iterable, sync or async; user code, run by whoever pulls.
-        prepare: Turns an item into what arrives (an Attempt, or a NodeKey), or returns an awaitable of that; user
-            code may run in it.
+        prepare: Turns an item into what arrives (an Attempt, a NodeKey, or of a bare payload its lane and itself), or
+            returns an awaitable of that; user code may run in it.
         lane: Whose queue it feeds; None where each item says so itself.
         rank: Where its items stand in the order of admission.
     """
@@ -179,7 +183,7 @@ class Feed:
 
 def handful_of(lookahead: int) -> int:
     """Return how many inputs are taken at a time where they are plain data."""
-    return max(1, min(16, lookahead // 4))
+    return max(1, min(32, lookahead // 2))
 
 
 class Lane:
@@ -211,6 +215,7 @@ class Lane:
         "busy_seconds",
         "call",
         "calls",
+        "calm",
         "capacity",
         "concurrency",
         "cost",
@@ -225,16 +230,19 @@ class Lane:
         "handful",
         "last_answer",
         "last_given_up",
+        "limited",
         "max_abandoned",
         "name",
         "nodes",
         "order",
         "pulling",
+        "raw",
         "resume_at",
         "retries_timeouts",
         "retry",
         "running",
         "settles_at",
+        "smooth",
         "stats",
         "success_count",
         "taken",
@@ -278,6 +286,7 @@ class Lane:
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
         self.accounts = batch_size is not None or retry.timeout is not None  # whether a start changes more than a count
         self.abandoned = 0
+        self.settles_at = -math.inf  # before, those given up last may still end
         self.renew()
 
     def renew(self) -> None:
@@ -292,7 +301,6 @@ class Lane:
         self.first_answer: float | None = None
         self.last_answer: float | None = None
         self.last_given_up = -math.inf
-        self.settles_at = -math.inf  # before, those given up last may still end
         self.stats = SourceReport(self.name)
         self.batch_started = 0  # tasks of this batch that were started
         self.batch_open = 0  # those of them without a result
@@ -300,8 +308,12 @@ class Lane:
         # Whether more than its gate has to be asked.
         self.guarded = self.accounts or self.budget is not None or self.abandoned > 0
         self.fifo: deque[Attempt] = deque()  # tasks of the default rank
+        self.raw: deque[tuple[int, Any]] = deque()  # bare payloads, by index; those in `fifo` go before them
         self.heap: list[tuple[Rank, Attempt]] = []  # all others: by priority, by place in the tree, and retries
         self.active = False
+        self.smooth: object = None  # the run's mark, as long as its turns are like most
+        self.calm: object = None  # the gate's mark, likewise
+        self.limited = False  # whether limits are to be asked for such a turn
         self.resume_at = math.inf  # the count of results delivered at which the intake goes on; infinity: it is on
         self.watching = False
         self.wake_at = math.inf
@@ -322,7 +334,7 @@ class Lane:
 
     def rest(self) -> None:
         """Take no more inputs until about half of the lookahead is free again."""
-        enough = min(2 * self.handful, max(1, self.capacity - self.concurrency))
+        enough = min(self.handful + self.handful // 2, max(1, self.capacity - self.concurrency))
         self.resume_at = self.taken - self.capacity + enough
 
     @property

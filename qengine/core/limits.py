@@ -46,18 +46,30 @@ class Lock(Protocol):
 
 
 class LimitSet:
-    """Rules, and their states in one tuple.  `lock` makes it safe between threads."""
+    """Rules, and their states in one tuple.
 
-    __slots__ = ("_declared", "_lock", "_only", "_states", "_tokens", "_watchers", "has_windows", "rules")
+    Args:
+        lock: Makes it safe between threads.
+        tokens: In each bucket at the start; None for full ones.
+        others: Gives the number of other threads; where there is none, one call is taken without the lock.
+    """
+
+    __slots__ = ("_declared", "_lock", "_only", "_others", "_states", "_tokens", "_watchers", "has_windows", "rules")
 
     def __init__(
-        self, limits: Iterable[RateLimit | Window], now: float, lock: Lock, tokens: float | None = None
+        self,
+        limits: Iterable[RateLimit | Window],
+        now: float,
+        lock: Lock,
+        tokens: float | None = None,
+        others: Callable[[], int] | None = None,
     ) -> None:
         self._declared = tuple(limits)
         self.rules = tuple(make_rule(limit) for limit in self._declared)
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
         self._only = self.rules[0] if len(self.rules) == 1 else None
         self._tokens = tokens
+        self._others = others
         self.renew(now, lock)
 
     def renew(self, now: float, lock: Lock) -> None:
@@ -101,6 +113,18 @@ class LimitSet:
             if ready_at <= now:
                 self._states = states
             return ready_at
+
+    def take_call(self, now: float, slack: float) -> bool:
+        """Take one call, held, if it is there now: as `try_take`, and in short where there is one bucket."""
+        only, others = self._only, self._others
+        if type(only) is not TokenBucket or others is None or others():
+            return self.try_take(1, now, slack, True) <= now
+        # There is no other thread, nor will there be before this is done: the lock would cost more than all the rest.
+        ready_at, state = only.ask(self._states[0], 1, now, slack)
+        if ready_at > now:
+            return False
+        self._states = (state,)
+        return True
 
     def foresee(self, amounts: Iterable[Amount], now: float) -> float:
         """Return when the last of some amounts, taken one after the other, could be taken."""

@@ -28,6 +28,7 @@ from ..model import Event, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
+from .bucket import CATCH_UP
 from .lane import SLOW_PULL, Attempt, Feed, FeedKind, Lane
 from .limits import part_of
 from .steps import DONE, Cancel, Raised, Step, Wait
@@ -42,16 +43,16 @@ TIMEOUT = TaskStatus.TIMEOUT
 CANCELLED = TaskStatus.CANCELLED
 SKIPPED = TaskStatus.SKIPPED
 
-Record = Attempt | tuple[Any, Any, int, float, float]
+Record = Attempt | tuple[Any, Any, int, float, float] | None
 """What is kept of a task: the attempt, or of a bare payload that succeeded at once only the payload, the value, the
-lane's order, started_at and duration: less to keep, and nothing for the garbage collector to look through."""
+lane's order, started_at and duration: less to keep, and nothing for the garbage collector to look through.  None: a
+bare payload that waits for its start."""
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
 SETTLING = 0.100
 """Seconds in which a call that was given up may still end, as it is told to, before it counts as one that hangs."""
 INF = math.inf
-_END = object()
 
 
 class Run:
@@ -99,6 +100,7 @@ class Run:
         self.active: deque[Lane] = deque()  # lanes that may have something to start
         self.special = feed is not None and data is None  # whether there may be steps that start no attempt
         self.due_at = INF  # neither a timer nor a timeout is due before
+        self.intake = feed if tree is None else tree.roots
         self._feed = feed if data is None else None
         self._data = data
         self._tree = tree
@@ -112,10 +114,11 @@ class Run:
         self._pulls: set[Feed] = set()
         self._index = 0
         self._keys: set[Any] = set()
-        self._spare: list[Attempt] = []  # attempts to be used again: all their tasks had in common is kept
+        self._smooth = object()  # a lane that has noted this has nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
         self._held = False
+        self._over = False
         self._timers = Timers()
         self._scan_at = INF  # no attempt times out before
         self._wait = ON_EVENT
@@ -150,7 +153,11 @@ class Run:
                 return step
         if self.special and (step := self._next_special(now)) is not None:
             return step  # a skip may have stopped the run, and a slow feed is pulled after all that can start
-        return ON_EVENT if self._running and self.due_at == INF else self._idle()
+        if self._running and self.due_at == INF:
+            return ON_EVENT
+        step = self._idle()
+        # What was decided here may be due at once.
+        return self.next(now) if isinstance(step, Wait) and self.due_at <= now else step
 
     def finished(self, attempt: Attempt, outcome: Any, now: float) -> bool:
         """Take the outcome of an attempt: its value, or a Raised.  Return False if it had been given up before."""
@@ -185,63 +192,73 @@ class Run:
         due, and the lane goes on with another.  The rules are those of the methods that it stands for.
         """
         lane = attempt.lane
-        running = self._running
         if (
-            self._watched
-            or lane.accounts
+            lane.smooth is not self._smooth
+            or lane.calm is not lane.gate.calm
+            or not attempt.is_plain
             or type(outcome) is Raised
-            or attempt.task is not None
-            or attempt.number > 1
-            or attempt.trail is not None
-            or attempt not in running
+            or now >= self.due_at
         ):
             self.finished(attempt, outcome, now)
-            return self.next(now)
-        duration = now - attempt.started_at
+            step = self.next(now)
+            self._smoothen(lane, now)
+            return step
+        started_at = attempt.started_at
+        duration = now - started_at
         lane.busy_seconds += duration
         lane.last_answer = now
-        if lane.first_answer is None:
-            lane.first_answer = now
-        gate = lane.gate
-        if gate.active:
-            gate.ended(attempt, 1, now, True)
-        if self.records is not None:
-            self.records[attempt.index] = (attempt.payload, outcome, lane.order, attempt.started_at, duration)
+        records = self.records
+        if records is not None:
+            records[attempt.index] = (attempt.payload, outcome, lane.order, started_at, duration)
         lane.success_count += 1
-        lane.delivered += 1
-        if lane.delivered >= lane.resume_at:
+        lane.delivered = delivered = lane.delivered + 1
+        raw, budget = lane.raw, lane.budget
+        if delivered >= lane.resume_at:
             self._resume(lane)
-        running.remove(attempt)
-        if self._data is not None:
-            self._spare.append(attempt)
-        fifo, budget, breaker = lane.fifo, lane.budget, gate.breaker
-        if (
-            self.special
-            or now >= self.due_at
-            or lane.heap
-            or not fifo
-            or fifo[0].task is not None
-            or lane.abandoned
-            or (budget is not None and budget < 1)
-            or (breaker is not None and breaker.state is not CLOSED)
-            or (self._cap < INF and self.active)  # other lanes may be waiting for the place
-            or (gate.active and gate.admit(fifo[0], 1, now) > now)
+        elif (
+            raw
+            and not lane.fifo
+            and (budget is None or budget >= 1)
+            and (not lane.limited or lane.gate.take_call(now, CATCH_UP))
         ):
-            lane.running -= 1
-            self._activate(lane)
-            return self.next(now)
-        other = fifo.popleft()
-        if budget is not None:
-            lane.budget = budget - 1
-        other.number = 1
-        other.started_at = now
-        other.timeout = timeout = lane.timeout
-        if now + timeout < self._scan_at:
-            self._scan_at = now + timeout
-            self.due_at = min(self.due_at, self._scan_at)
-        running.add(other)
-        lane.calls += 1
-        return other
+            # The same object serves again: all that their tasks have in common is kept.
+            lane.calls += 1
+            if budget is not None:
+                lane.budget = budget - 1
+            attempt.index, attempt.payload = index, _ = raw.popleft()
+            if records is not None:
+                records[index] = attempt
+            attempt.view = None
+            attempt.started_at = now
+            return attempt
+        self._running.remove(attempt)
+        lane.running -= 1
+        self._activate(lane)
+        step = self.next(now)
+        self._smoothen(lane, now)
+        return step
+
+    def _smoothen(self, lane: Lane, now: float) -> None:
+        """Note if the turns of a lane are what most turns are, until something says otherwise (`_ruffle`)."""
+        if (
+            not self._watched
+            and not lane.accounts
+            and not lane.heap
+            and not lane.abandoned
+            and lane.first_answer is not None
+            and not self.special
+            and self._cap == INF  # else other lanes may be waiting for the place
+            and lane.gate.is_calm(now)
+            and self._scan_at <= now + lane.timeout
+            and self.stop_reason is None
+        ):
+            lane.smooth = self._smooth
+            lane.calm = lane.gate.calm
+            lane.limited = lane.gate.active
+
+    def _ruffle(self) -> None:
+        """Note that no lane's turns may be what most turns are."""
+        self._smooth = object()
 
     def offered(
         self,
@@ -348,7 +365,7 @@ class Run:
     def _pull(self, feed: Feed, now: float) -> Feed:
         feed.pulling = True
         feed.pulled_at = now
-        feed.wanted = 1 if feed.slow else feed.handful
+        feed.wanted = 1 if feed.slow else feed.handful if feed.lane is None or feed.node is not None else feed.lane.room
         if feed.hold_until == -INF:
             feed.hold_until = now + PULL_GRACE
         self._pulls.add(feed)
@@ -358,33 +375,36 @@ class Run:
         """Take inputs that are plain data, up to the lane's capacity."""
         data = self._data
         assert data is not None
-        fifo, records, index, spare = lane.fifo, self.records, self._index, self._spare
-        for _ in range(lane.room):
-            item = next(data, _END)
-            if item is _END:
-                self._data = None
-                break
-            if isinstance(item, Task):
-                self._index = index
-                self._take(Attempt(item.payload, item, lane), None, now)
-            else:
-                if spare:
-                    attempt = spare.pop()
-                    attempt.payload, attempt.number, attempt.view = item, 0, None
-                else:
-                    attempt = Attempt(item, None, lane)
-                attempt.index = index
-                lane.taken += 1
-                fifo.append(attempt)
-                if records is not None:
-                    records.append(attempt)
-            index += 1
-        self._index = index
+        room = lane.room
+        items = [item for _, item in zip(range(room), data, strict=False)]
+        if len(items) < room:
+            self._data = None
+        if any(issubclass(kind, Task) for kind in set(map(type, items))):
+            for item in items:
+                task = item if isinstance(item, Task) else None
+                self._take(Attempt(item if task is None else task.payload, task, lane), None, now)
+        else:
+            lane.raw.extend(enumerate(items, self._index))
+            self._index += len(items)
+            lane.taken += len(items)
+            if self.records is not None:
+                self.records.extend([None] * len(items))
         lane.rest()
         if lane.delivered >= lane.resume_at:
             lane.resume_at = INF
         if self.stop_reason is not None:
             self._cancel_waiting(now)
+
+    def _draw(self, lane: Lane, count: int) -> None:
+        """Queue some of the bare payloads of a lane as the tasks that they are."""
+        raw, records = lane.raw, self.records
+        for _ in range(count):
+            index, payload = raw.popleft()
+            attempt = Attempt(payload, None, lane)
+            attempt.index = index
+            lane.fifo.append(attempt)
+            if records is not None:
+                records[index] = attempt
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
         lane = attempt.lane
@@ -400,9 +420,11 @@ class Run:
         if attempt.task is not None and self._refused(attempt, feed, now):
             return
         if attempt.rank is None:
+            self._draw(lane, len(lane.raw))
             lane.fifo.append(attempt)
         else:
             heappush(lane.heap, (attempt.rank, attempt))
+            self._ruffle()
         if not lane.active:
             lane.active = True
             self.active.append(lane)
@@ -447,14 +469,29 @@ class Run:
         self._activate(lane)
         if self._feed is not None:
             self.special = True
+            self._ruffle()
             self._feed.blocked -= 1
             self._feed.hold_until = -INF
 
     def _collect(self, feed: Feed, now: float) -> bool:
         """Take what a feed has brought so far; return whether the run has stopped."""
-        while feed.arrived:
-            item = feed.arrived.popleft()
-            if feed.kind is not FeedKind.NODES:
+        arrived, records = feed.arrived, self.records
+        while arrived:
+            item = arrived.popleft()
+            if type(item) is tuple:  # a bare payload: a task is made of it when it starts
+                lane, payload = item
+                if not lane.active:
+                    if lane.order < 0:
+                        self._join(lane)
+                    self._activate(lane)
+                lane.raw.append((self._index, payload))
+                self._index += 1
+                lane.taken += 1
+                if records is not None:
+                    records.append(None)
+                if lane.taken - lane.delivered > lane.full_at:
+                    self._rest(lane, feed)
+            elif feed.kind is not FeedKind.NODES:
                 self._take(item, feed, now)
             elif isinstance(item, NodeKey):
                 assert self._tree is not None
@@ -495,6 +532,8 @@ class Run:
                 self._refill(lane, now)
                 if self.stop_reason is not None:  # a bad item was the last straw
                     return None
+            if lane.raw and not lane.fifo:
+                self._draw(lane, 1)
             attempt = lane.fifo[0] if lane.fifo and not lane.heap else lane.head()
             if attempt is None:
                 if self._data is not None and lane.resume_at == INF:
@@ -639,11 +678,13 @@ class Run:
         trail = attempt.remember()
         trail.throttles += 1
         delay = raised.retry_after or backoff_delay(lane.retry, trail.throttles, self._rng)
-        if delay > lane.retry.max_retry_after or now + delay > trail.give_up_at:
+        if delay > lane.retry.max_retry_after:
             self._fail(attempt, error, now)
             return
-        lane.gate.pause(now + delay)
-        if self._keeps_trying(attempt, error, now):
+        lane.gate.pause(now + delay)  # whatever becomes of this task
+        if now + delay > trail.give_up_at:
+            self._fail(attempt, error, now)
+        elif self._keeps_trying(attempt, error, now):
             attempt.number -= 1
             if attempt.number == 0 and lane.batch_size is not None:  # it is to count once in its batch
                 lane.batch_started -= 1
@@ -696,6 +737,7 @@ class Run:
         if lane.batch_size is not None and attempt.number:
             rank = (-INF, attempt.index)  # before any new task: its batch waits for it, and they for the batch
         heappush(lane.heap, (rank, attempt))
+        self._ruffle()
         if trail is not None and trail.give_up_at < INF:
             self._set_timer(trail.give_up_at, Timer.GIVE_UP, attempt)
         self._activate(lane)
@@ -749,7 +791,8 @@ class Run:
     def _late(self, attempt: Attempt, outcome: Any, now: float) -> None:
         """An attempt that had been given up came to its end: an answer is dropped, and its worker is no longer lost."""
         attempt.lane.abandoned -= 1
-        self._activate(attempt.lane)
+        if not self._over:  # else the lane may be another run's by now
+            self._activate(attempt.lane)
         if not (type(outcome) is Raised and outcome.cancelled):  # a call that ended as it was told to gave no answer
             self._tell("late", now, attempt)
 
@@ -798,6 +841,7 @@ class Run:
     def _scan(self, now: float) -> None:
         """Time out what is over its time.  Runs seldom: not before the earliest time-out known at the last scan."""
         self._scan_at = INF
+        self._ruffle()
         for attempt in sorted(self._running, key=_by_index):
             if attempt not in self._running:  # the one before has stopped the run
                 continue
@@ -812,8 +856,6 @@ class Run:
         self._tell("timeout", now, attempt)
         self._abandon(attempt, now, "timeout", False)
         if lane.abandoned >= lane.max_abandoned:
-            lane.guarded = True
-            lane.settles_at = now + SETTLING
             self._set_timer(lane.settles_at, Timer.HANGS, attempt)
         error = TaskTimeoutError(f"no answer after {attempt.timeout:g} s")
         self._failed(self._replaced(attempt), error, lane.retries_timeouts, now)
@@ -830,6 +872,10 @@ class Run:
         self._running.remove(attempt)
         lane.running -= 1
         lane.abandoned += 1
+        lane.guarded = True
+        lane.settles_at = now + SETTLING
+        attempt.is_plain = False  # its late answer is to be seen as one
+        self._ruffle()
         attempt.reason = reason
         attempt.duration = now - attempt.started_at
         lane.busy_seconds += attempt.duration
@@ -851,6 +897,7 @@ class Run:
     def _halt(self, reason: str, now: float, in_flight: str | None) -> None:
         self.stop_reason = reason
         self.special = True
+        self._ruffle()
         self._tell("stop", now, None, reason)
         if self._data is not None or (self._feed is not None and not self._feed.ended):
             self.intake_cut = True
@@ -867,6 +914,7 @@ class Run:
     def _cancel_waiting(self, now: float) -> None:
         """Every task that waits, in a queue or for its retry, is cancelled."""
         for lane in self.lanes:
+            self._draw(lane, len(lane.raw))
             waiting = [*lane.fifo, *(attempt for _, attempt in sorted(lane.heap, key=lambda entry: entry[0]))]
             lane.fifo.clear()
             lane.heap.clear()
@@ -911,11 +959,13 @@ class Run:
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
         self.special = True
+        self._ruffle()
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def _idle(self) -> Step:
         if not self._running and not self._pulls and self._is_done():
+            self._over = True
             return DONE
         if self.due_at == INF:
             return ON_EVENT

@@ -47,7 +47,7 @@ class Tree:
         children_feed: Callable[[Attempt], Feed],
         following_feed: Callable[[Attempt], Feed] | None,
     ) -> None:
-        self._roots = roots
+        self.roots = roots
         self._queries_feed = queries_feed
         self._children_feed = children_feed
         self._following_feed = following_feed
@@ -83,8 +83,8 @@ class Tree:
         pulling = lane.pulling
         if pulling is not None and pulling.kind is FeedKind.QUERIES and pulling.rank < place:
             return pulling.pulled_at + PULL_GRACE
-        if self._roots.pulling and place[0] > 0:
-            return self._roots.pulled_at + PULL_GRACE
+        if self.roots.pulling and place[0] > 0:
+            return self.roots.pulled_at + PULL_GRACE
         return -math.inf
 
     def node_came(self, feed: Feed, key: NodeKey, lanes: Sequence[Lane]) -> None:
@@ -107,7 +107,7 @@ class Tree:
             lane.pulling = None
         if ended:
             self.open -= 1
-        elif feed is self._roots:
+        elif feed is self.roots:
             pass  # every lane asks for more of them when it needs more
         elif lane is not None and feed.kind is FeedKind.NODES:
             lane.growth.appendleft(feed)
@@ -136,15 +136,15 @@ class Tree:
 
     def _next_rank(self, lane: Lane) -> Rank | None:
         first: Rank | None = lane.nodes[0][0] if lane.nodes else None
-        roots = self._roots
+        roots = self.roots
         if not (roots.ended or roots.pulling) and (first is None or first[0] > 0):
             return (0, ())
         return first
 
     def _next_queries(self, lane: Lane, rank: Rank) -> Feed:
         if rank == (0, ()):
-            self._roots.lane = lane
-            return self._roots
+            self.roots.lane = lane
+            return self.roots
         _, _, entry = heappop(lane.nodes)
         return entry if isinstance(entry, Feed) else self._queries_feed(entry, lane, rank)
 

@@ -15,13 +15,13 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import Context
 from threading import get_ident
 from typing import Any, Generic, TypeVar
 
 from ..core.lane import Attempt, Feed
 from ..core.run import Run
-from ..core.steps import Raised
+from ..core.steps import Cancel, Raised
 from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
 from .clock import SYSTEM_CLOCK, CanCancel, Clock, DriverThread
 from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
@@ -148,23 +148,27 @@ class TaskCrew(Crew):
         return worker
 
     def _start(self, worker: TaskWorker, work: Work) -> None:
-        worker.task = self._loop.create_task(self._live(worker), context=self._context.copy())
+        context = self._context.copy()
+        worker.task = self._loop.create_task(self._live(worker, context), context=context)
         worker.mailbox.put(work)  # only now: a task that is started eagerly would run it within the pump
 
-    async def _live(self, worker: TaskWorker) -> None:
+    async def _live(self, worker: TaskWorker, context: Context) -> None:
         try:
-            await self._work(worker)
+            await self._work(worker, context)
         finally:
             worker.place = GONE
             self._threads += worker.lender.end()
             self._hired.pop(worker, None)
 
-    async def _work(self, worker: TaskWorker) -> None:
+    async def _work(self, worker: TaskWorker, context: Context) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
+        run, turn, inbox = self.run, self.run.turn, self._inbox
+        alone = self._deliver is None and self._after_pump is None  # whether nobody is told of what happens
         set_current_worker(worker, self.clock)
-        base = copy_context()
+        base = context.copy()
         task = asyncio.current_task()
         assert task is not None
+        cancelling = task.cancelling
         work: Work | None = None
         try:
             work = await mailbox.get()
@@ -187,17 +191,38 @@ class TaskCrew(Crew):
                             if type(error) is GeneratorExit and not self._loop.is_running():
                                 raise  # the loop is gone, and this task with it
                             outcome = raised(work, error)
+                        goes_on = alone and not inbox
                     else:
                         assert isinstance(work, Feed)
-                        done, outcome = self.run.offered, (work, *await pull(work, now_fn))
+                        done, outcome = run.offered, (work, *await pull(work, now_fn))
+                        goes_on = False
                     work = None
-                    if task.cancelling() or copy_context() != base:
+                    if cancelling() or context != base:
                         worker.place = GONE
                         pump(worker, done, outcome)
                         return
-                    work = pump(worker, done, outcome)
+                    now = now_fn()
+                    if goes_on:
+                        # What the pump would do, in short: where nothing else is to be done, this is all.
+                        step: Any = turn(done, outcome, now)
+                        if step is done and step.is_plain:
+                            work = step
+                        elif type(step) is Attempt or type(step) is Feed:
+                            step.worker = worker
+                            work = step
+                            # While a plain iterator is pulled nothing else can go on: others are told after that.
+                            if (run.active or run.special or run.due_at < self._sleep_until) and not (
+                                type(step) is Feed and hasattr(type(step.iterator), "__next__")
+                            ):
+                                pump(None, look_again, ())
+                        else:
+                            if type(step) is Cancel:
+                                self._give_up(step, now)
+                            work = pump(worker, look_again, ())
+                    else:
+                        work = pump(worker, done, outcome)
                     done = outcome = None  # an idle worker keeps no result alive
-                    if now_fn() >= self._yield_at:
+                    if now >= self._yield_at:
                         await self._yield()
                         if type(work) is Attempt:
                             work.started_at = now_fn()

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
+from itertools import islice
 from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +29,10 @@ _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
 """Types of values that need no `check_value`."""
 
+_READY = frozenset({tuple, Attempt, NodeKey})  # what `Feed.prepare` gives, where nothing of it is to be awaited
+
 _END: Any = object()
+_AWAITED: Any = object()
 
 
 class GivenUp(BaseException):
@@ -178,18 +182,18 @@ async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseExcep
             if hasattr(type(opened), "__await__"):
                 opened = await opened
             iterator = feed.iterator = aiter(opened) if hasattr(type(opened), "__aiter__") else iter(opened)
-        is_async = hasattr(type(iterator), "__anext__")
-        for _ in range(feed.wanted):
-            item = await anext(iterator, _END) if is_async else next(iterator, _END)
-            if item is _END:
-                return True, None
-            ready = prepare(item)
-            arrived(ready if type(ready) is Attempt or type(ready) is NodeKey else await ready)
-            if now_fn() > until:
+        wanted = feed.wanted
+        for item in islice(iterator, wanted) if hasattr(type(iterator), "__next__") else [_AWAITED] * wanted:
+            if item is _AWAITED and (item := await anext(iterator, _END)) is _END:
                 break
+            ready = prepare(item)
+            arrived(ready if type(ready) in _READY else await ready)
+            wanted -= 1
+            if wanted & 3 == 0 and now_fn() > until:
+                return False, None
     except BaseException as error:
         return True, error
-    return False, None
+    return wanted > 0, None
 
 
 def pull_now(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:

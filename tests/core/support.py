@@ -123,11 +123,11 @@ class Trial:
 
     @property
     def statuses(self) -> list[TaskStatus | None]:
-        return [attempt.status for attempt in self.records]
+        return [None if attempt is None else attempt.status for attempt in self.records]
 
     @property
     def reasons(self) -> list[str | None]:
-        return [attempt.reason for attempt in self.records]
+        return [None if attempt is None else attempt.reason for attempt in self.records]
 
     def told(self, *kinds: str) -> list[tuple[float, str, int | None]]:
         """(instant, kind, index) of the events, or of those kinds."""
