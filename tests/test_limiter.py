@@ -272,7 +272,7 @@ def test_waiters_are_served_in_the_order_they_came() -> None:
     threads = [threading.Thread(target=wait, args=(number,)) for number in (1, 2, 3)]
     for number, thread in enumerate(threads, 1):
         thread.start()
-        while len(limiter._line) < number:      # only the line itself tells when somebody has joined it
+        while len(limiter._line.places) < number:      # only the line itself tells when somebody has joined it
             pass
     for number in (1, 2, 3):
         with moved:

@@ -59,10 +59,15 @@ class Gate:
         self.calm = object()
         self.active = bool(self._limit_sets) or self.breaker is not None  # an idle gate costs a run nothing
 
-    def twin(self, now: float, to: float, make_lock: Callable[[], Lock]) -> Gate:
-        """Return another of the same state, on a clock that shows `to` where this one shows `now`."""
-        limit_sets = [limits.twin(now, to, make_lock()) for limits in self._limit_sets]
-        other = Gate(limit_sets, self._policy, make_lock())
+    def twin(self, now: float, to: float, make_lock: Callable[[], Lock], twins: dict[object, LimitSet]) -> Gate:
+        """Return another of the same state, on a clock that shows `to` where this one shows `now`.
+
+        `twins` has those of the limits that other gates share, and takes new ones.
+        """
+        for limits in self._limit_sets:
+            if limits.key not in twins:
+                twins[limits.key] = limits.twin(now, to, make_lock())
+        other = Gate([twins[limits.key] for limits in self._limit_sets], self._policy, make_lock())
         if self.breaker is not None:
             other.breaker = self.breaker.twin(now, to)
         if self._paused_until > now:

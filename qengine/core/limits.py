@@ -86,6 +86,11 @@ class LimitSet:
         return other
 
     @property
+    def key(self) -> object:
+        """What state it is, also where others show it in their own way."""
+        return self
+
+    @property
     def units(self) -> set[str]:
         """What its limits count."""
         return {rule.unit for rule in self.rules}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from queue import Empty, SimpleQueue
 from threading import TIMEOUT_MAX, Thread
 from typing import Any, Protocol
@@ -69,6 +69,12 @@ class Clock(Protocol):
     def take_until(self, queue: Queue, at: float) -> bool:
         """Take something out of a queue, waiting until that instant at most; return whether there was something."""
 
+    def begin(self, thread: DriverThread) -> None:
+        """Start a thread; where threads take turns, this is its first."""
+
+    def hand(self, queue: Queue, item: Any) -> None:
+        """Put something in a queue; where threads take turns, its reader goes on with it now."""
+
     def interrupt(self, thread: DriverThread) -> None:
         """Tell a thread that nobody waits for what it does."""
 
@@ -77,6 +83,9 @@ class Clock(Protocol):
 
     def alarm(self, loop: Any, at: float, ring: Callable[[], object]) -> CanCancel:
         """Have a function called in an event loop at an instant, if that is not cancelled."""
+
+    async def unwind(self, tasks: Collection[Any], seconds: float) -> None:
+        """Wait for tasks that were told to end, at most so long."""
 
     def enter(self, run: object) -> None:
         """Begin a run on this clock."""
@@ -112,6 +121,14 @@ class SystemClock:
             return False
         return True
 
+    def begin(self, thread: DriverThread) -> None:
+        """Start a thread."""
+        thread.start()
+
+    def hand(self, queue: Queue, item: Any) -> None:
+        """Put something in a queue."""
+        queue.put(item)
+
     def interrupt(self, thread: DriverThread) -> None:
         """Do nothing: a thread cannot be interrupted, only left behind."""
 
@@ -122,6 +139,13 @@ class SystemClock:
         """Have a function called in an event loop at an instant, if that is not cancelled."""
         timer: CanCancel = loop.call_later(max(0.0, at - self.now()), ring)
         return timer
+
+    async def unwind(self, tasks: Collection[Any], seconds: float) -> None:
+        """Wait for tasks that were told to end, at most so long."""
+        from asyncio import wait
+
+        if tasks:
+            await wait(tasks, timeout=max(0.0, seconds))
 
     def enter(self, run: object) -> None:
         """Do nothing: any number of runs may go on at once."""

@@ -15,9 +15,10 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from heapq import heappop, heappush
-from queue import Empty
+from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, get_ident
 from typing import Any
 
@@ -26,6 +27,9 @@ from .calls import GivenUp
 from .clock import DriverThread, Queue
 
 Turn = Callable[[], object]
+
+PATIENCE = 0.09
+"""Real seconds for which a caller that was interrupted waits for the turn that it was interrupted in."""
 
 _HOPS = 10
 """Passes of a loop that does not tell what is ready, after which nothing is."""
@@ -44,15 +48,16 @@ class Alarm:
         """Whether it has neither gone off nor been cancelled."""
         return self._turn is not None
 
-    def cancel(self) -> None:
-        """Take it back."""
-        self._turn = None
+    def cancel(self) -> bool:
+        """Take it back; return whether it was still to come."""
+        turn, self._turn = self._turn, None
+        return turn is not None
 
     def go_off(self) -> None:
         """Take its turn."""
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            turn()
+        if self._turn is not None:
+            self._turn()
+            self._turn = None
 
 
 class VirtualClock:
@@ -83,10 +88,11 @@ class VirtualClock:
         self._alarms: list[tuple[float, bool, int, Alarm]] = []
         self._count = 0
         self._run: object = None
-        self._stepping: _SteppedThread | None = None
+        self._begun: Turn | _SteppedThread | None = None  # the turn that is being taken, or whose it is
         self._driving = Lock()
         self._stirred = Event()
         self._pacer: _Pacer | None = None
+        self._lost: set[int | None] = set()
 
     def now(self) -> float:
         """Return the instant, in seconds."""
@@ -135,6 +141,16 @@ class VirtualClock:
         queue.get_nowait()
         return True
 
+    def begin(self, thread: DriverThread) -> None:
+        """Start a thread, and let it take its first turn."""
+        assert isinstance(thread, _SteppedThread)
+        thread.start(now=True)
+
+    def hand(self, queue: Queue, item: Any) -> None:
+        """Put something in a queue, and let its reader go on with it now."""
+        assert isinstance(queue, _SteppedQueue)
+        queue.arrive(item)
+
     def interrupt(self, thread: DriverThread) -> None:
         """End what a thread does, at the end of its turn or where it sleeps."""
         assert isinstance(thread, _SteppedThread)
@@ -150,6 +166,15 @@ class VirtualClock:
         """Have a function called in a loop at an instant."""
         return self.at(at, ring, last=True)
 
+    async def unwind(self, tasks: Collection[Any], seconds: float) -> None:
+        """Wait for tasks that were told to end, until there is nothing that they could do now."""
+        pacer = self._pacer
+        if pacer is not None and (self._due or not all(task.done() for task in tasks)):
+            rest = pacer.loop.create_future()
+            pacer.rests.append(rest)
+            pacer.nudge()
+            await rest
+
     def enter(self, run: object) -> None:
         """Begin a run on this clock."""
         if self._run is not None:
@@ -157,9 +182,12 @@ class VirtualClock:
         self._run = run
 
     def leave(self, run: object) -> None:
-        """End it."""
+        """End it, when what was given up has ended."""
         if self._run is run:
             self._run = None
+            if self._begun is None:  # else this is somebody's turn
+                while self._due:
+                    self.step()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
@@ -179,47 +207,53 @@ class VirtualClock:
 
     def step(self) -> bool:
         """Take the next turn; return whether there was one."""
-        self._wait_for_turn()
-        if self._due:
-            self._due.popleft()()
-            return True
-        while self._alarms:
-            instant, _, _, alarm = heappop(self._alarms)
+        self._finish_turn()
+        while not self._due:
+            if not self._alarms:
+                return False
+            instant, _, _, alarm = self._alarms[0]
             if alarm.pending:
                 self._now = max(self._now, instant)
-                alarm.go_off()
-                return True
-        return False
+                self._due.append(alarm.go_off)
+            heappop(self._alarms)
+        self._begun = turn = self._due[0]
+        self._due.popleft()
+        turn()
+        self._begun = None
+        return True
 
-    def drive(self, is_done: Callable[[], object]) -> None:
-        """Take turns until that holds."""
+    def drive(self, is_done: Callable[[], object], patience: float | None = None) -> None:
+        """Take turns until that holds.  A turn that an interrupt has left behind may take so many real seconds."""
         with self._driving:
-            self._wait_for_turn()
+            self._finish_turn(patience)
             while not is_done():
                 self._stirred.clear()
                 if not self.step() and not is_done():
                     self._stirred.wait()  # nothing will happen by itself: for another thread, or a signal handler
-
-    def settle(self) -> None:
-        """Take the turns that are due now."""
-        while self._due:
-            self.step()
 
     def _stir(self) -> None:
         self._stirred.set()
         if self._pacer is not None:
             self._pacer.nudge()
 
-    def _wait_for_turn(self) -> None:
-        """Wait for the thread whose turn it is; an interrupt may have left it alone with it."""
-        if self._stepping is not None:
-            self._stepping.turn_ended.wait()
-            self._stepping = None
+    def _finish_turn(self, patience: float | None = None) -> None:
+        """Finish the turn in which an interrupt came, wherever in it that was."""
+        begun = self._begun
+        if isinstance(begun, _SteppedThread):
+            if not begun.finish_turn(patience):
+                self._lost.add(begun.ident)
+        elif begun is not None:
+            if self._due and self._due[0] is begun:
+                self._due.popleft()
+            begun()
+        self._begun = None
 
     def _this_thread(self) -> _SteppedThread | None:
         """Return the stepped thread that asks, None for any other."""
-        thread = self._stepping
-        return thread if thread is not None and thread.ident == get_ident() else None
+        if self._lost and get_ident() in self._lost:
+            raise GivenUp
+        begun = self._begun
+        return begun if isinstance(begun, _SteppedThread) and begun.ident == get_ident() else None
 
     async def _pass_until(self, until: float, loop: Any) -> None:
         if until <= self._now:
@@ -234,10 +268,11 @@ class VirtualClock:
 
 
 class _Pacer:
-    """Moves a clock on whenever a loop has nothing else to do."""
+    """Moves a clock on whenever a loop has nothing else to do, unless somebody waits for just that."""
 
     def __init__(self, clock: VirtualClock, loop: Any) -> None:
         self.loop = loop
+        self.rests: list[Any] = []  # futures of those who wait for the loop to have nothing else to do
         self._clock = clock
         self._thread = get_ident()
         self._ready: Any = getattr(loop, "_ready", None)  # what asyncio's own loops will do next
@@ -261,8 +296,14 @@ class _Pacer:
             self.loop.call_soon(self._look)
             return
         self._is_on = False
-        if self._clock.step():
-            self.nudge()
+        if self.rests and not self._clock._due:
+            for rest in self.rests:
+                if not rest.done():
+                    rest.set_result(None)
+            self.rests.clear()
+        elif not self._clock.step():
+            return
+        self.nudge()
 
 
 class _SteppedThread:
@@ -271,13 +312,14 @@ class _SteppedThread:
     def __init__(
         self, clock: VirtualClock, target: Callable[..., object], args: tuple[Any, ...], name: str
     ) -> None:
-        self.turn_ended = Event()
         self._clock = clock
         self._target, self._args = target, args
-        self._go = Lock()
-        self._go.acquire()
+        self._go: SimpleQueue[int] = SimpleQueue()  # numbers of turns
+        self._turn = 0  # the one given last
+        self._ended = 0  # the one that ended last
+        self._turn_ended = Event()
         self._thread = Thread(target=self._work, name=name, daemon=True)
-        self._sleep: Alarm | None = None
+        self._stop_waiting: Callable[[], bool] | None = None
         self._given_up = False
         self._over = False
 
@@ -286,10 +328,13 @@ class _SteppedThread:
         """What it is known by; None before it was started."""
         return self._thread.ident
 
-    def start(self) -> None:
-        """Start it; its first turn is due now."""
+    def start(self, now: bool = False) -> None:
+        """Start it; its first turn is due now, after others or before them."""
         self._thread.start()
-        self._clock.soon(self.take_turn)
+        if now:
+            self.take_turn()
+        else:
+            self._clock.soon(self.take_turn)
 
     def join(self) -> None:
         """Take turns until it is at its end."""
@@ -298,44 +343,99 @@ class _SteppedThread:
 
     def take_turn(self) -> None:
         """Let it run to where it next waits."""
-        self.turn_ended.clear()
-        self._clock._stepping = self
-        self._go.release()
-        self._clock._wait_for_turn()
+        self._turn = self._ended + 1
+        self._clock._begun = self
+        self.finish_turn()
+        self._clock._begun = None
 
-    def end_turn(self) -> None:
-        """Wait for the next turn."""
-        self.turn_ended.set()
-        self._go.acquire()
+    def finish_turn(self, patience: float | None = None) -> bool:
+        """Wait for the end of its turn, at most so many real seconds; return whether it came."""
+        self._go.put(self._turn)  # a second time is harmless: an interrupt may have come before the first
+        while self._ended < self._turn:
+            if not self._turn_ended.wait(patience):
+                return False
+            self._turn_ended.clear()
+        return True
+
+    def _wait_for_turn(self) -> None:
+        while self._go.get() <= self._ended:
+            continue
+
+    def _end_turn(self) -> None:
+        self._ended = self._turn
+        self._turn_ended.set()
 
     def sleep_until(self, until: float) -> None:
         """Wait for an instant, or to be interrupted."""
         if until > self._clock.now() and not self._given_up:
-            self._sleep = self._clock.at(until, self.take_turn)
-            self.end_turn()
-            self._sleep = None
+            alarm = self._clock.at(until, self.take_turn)
+            self.wait(alarm.cancel)
+        self.check()
+
+    def wait(self, stop_waiting: Callable[[], bool]) -> None:
+        """Wait for the next turn; `stop_waiting` says whether it was waited for, and that it need not come."""
+        self._stop_waiting = stop_waiting
+        self._end_turn()
+        self._wait_for_turn()
+        self._stop_waiting = None
+
+    def check(self) -> None:
+        """Raise GivenUp if it was interrupted."""
         if self._given_up:
             self._given_up = False
             raise GivenUp
 
     def interrupt(self) -> None:
-        """Raise GivenUp where it sleeps, or sleeps next."""
+        """Raise GivenUp where it waits, or waits next."""
         self._given_up = True
-        if self._sleep is not None:
-            self._sleep.cancel()
+        if self._stop_waiting is not None and self._stop_waiting():
             self._clock.soon(self.take_turn)
 
     def _work(self) -> None:
-        self._go.acquire()
+        self._wait_for_turn()
         try:
             self._target(*self._args)
+        except GivenUp:  # it was interrupted between two calls, or has been left behind
+            pass
         finally:
             self._over = True
-            self.turn_ended.set()
+            self._clock._lost.discard(self.ident)
+            self._end_turn()
+
+
+class VirtualLatch:
+    """What a thread waits at on virtual time to be woken: see `limiter.Latch`."""
+
+    __slots__ = ("_is_open", "_wakes")
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._wakes = _SteppedQueue(clock)
+        self._is_open = False
+
+    def wake(self) -> None:
+        """Open it."""
+        if not self._is_open:
+            self._is_open = True
+            self._wakes.put(None)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait to be woken, at most so long; return whether it was."""
+        try:
+            self._wakes.get(timeout=seconds)
+        except Empty:
+            return False
+        self._is_open = False
+        return True
+
+
+def clock_of(fn: object) -> VirtualClock | None:
+    """Return the clock of which `fn` is a method, if it is a virtual one."""
+    owner = getattr(fn, "__self__", None)
+    return owner if isinstance(owner, VirtualClock) else None
 
 
 class _SteppedQueue:
-    """A queue whose reader waits on virtual time."""
+    """A queue whose reader waits on virtual time.  What is put in arrives when that is the next turn."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
@@ -343,12 +443,7 @@ class _SteppedQueue:
         self._readers: list[Turn] = []  # none or one; whoever takes it out lets it go on
 
     def put(self, item: Any) -> None:
-        self._items.append(item)
-        reader = self._take_reader()
-        if reader is None:
-            self._clock._stir()
-        else:
-            self._clock.soon(reader)
+        self._clock.soon(partial(self.arrive, item))
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         until = math.inf if timeout is None else self._clock.now() + timeout
@@ -369,21 +464,29 @@ class _SteppedQueue:
         thread = self._clock._this_thread()
         if thread is None:
             alarm = self._clock.at(until, lambda: None, last=True)
-            self._clock.drive(lambda: self._items or not alarm.pending)
-            alarm.cancel()
-            return bool(self._items)
-        self._readers.append(thread.take_turn)
-        alarm = self._clock.at(until, lambda: self._readers and self._readers.pop()(), last=True)
-        if not (self._items and self._take_reader()):  # another thread may put something in, just now
-            thread.end_turn()
+            self._clock.drive(lambda: self._items or not alarm.pending, None if until == math.inf else PATIENCE)
+        else:
+            self._readers.append(thread.take_turn)
+            alarm = self._clock.at(until, self._wake_reader, last=True)
+            thread.wait(self._take_reader)
+            thread.check()
         alarm.cancel()
         return bool(self._items)
 
-    def _take_reader(self) -> Turn | None:
-        try:
-            return self._readers.pop()
-        except IndexError:
-            return None
+    def arrive(self, item: Any) -> None:
+        """Put something in, and let the reader go on."""
+        self._items.append(item)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._readers:
+            self._readers.pop()()
+
+    def _take_reader(self) -> bool:
+        """Note that the reader need not be waked; return whether it was to be."""
+        was_waiting = bool(self._readers)
+        self._readers.clear()
+        return was_waiting
 
 
 def _running_loop() -> Any:
