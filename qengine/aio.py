@@ -9,15 +9,15 @@ attribute and, on the executor, as `last_report`.
 from __future__ import annotations
 
 import asyncio
+from _thread import _count  # of the threads that were started and run
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from functools import partial
-from _thread import _count  # of the threads that were started and run
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from .core.lane import Attempt, Lane
 from .core.run import Record
-from .drivers.asyncio import Inbox, TaskCrew
+from .drivers.asyncio import Inbox, TaskCrew, make_inbox
 from .drivers.calls import is_async, run_in
 from .drivers.clock import SYSTEM_CLOCK
 from .drivers.virtual import VirtualClock
@@ -43,21 +43,30 @@ def asyncio_stage(clock: VirtualClock | None) -> Stage:
     return Stage(SYSTEM_CLOCK if clock is None else clock, TaskCrew)
 
 
-def require_async(name: str, fn: object) -> None:
+def require_async(name: str, fn: object, *, generators: bool = True) -> None:
     """Refuse what is not an async function, though it may return an awaitable: nobody could know before."""
-    if not is_async(fn):
+    if not is_async(fn, generators=generators):
         refuse_type(name, fn, "an async function: make one of a plain function by in_thread(fn)")
 
 
-async def _abort(session: Session, reason: str) -> None:
-    """Stop a run at once, and wait for its tasks to end, but not for those that do not."""
+async def _abort(session: Session, reason: str) -> asyncio.CancelledError | None:
+    """Stop a run at once, and wait for its tasks to end, but not for those that do not.
+
+    Returns:
+        What cancelled whoever waits here; this goes on until it is done.
+    """
     session.crew.tell(lambda now: session.run.cancel(reason, now, "abandon"))
-    try:
-        await session.crew.join(INTERRUPT_SECONDS)
-    except asyncio.CancelledError:  # a second one adds nothing: whoever waits here is on the way out
-        pass
-    finally:
-        session.leave()
+    loop = asyncio.get_running_loop()
+    until = loop.time() + INTERRUPT_SECONDS
+    cancelled = None
+    while True:
+        try:
+            await session.crew.join(until - loop.time())
+            break
+        except asyncio.CancelledError as error:
+            cancelled = error
+    session.leave()
+    return cancelled
 
 
 class AsyncStream(Results[P, V]):
@@ -72,8 +81,9 @@ class AsyncStream(Results[P, V]):
         super().__init__(ordered)
         self._owner = owner
         self._make_session = make_session
-        self._out: Inbox[Attempt | None] = Inbox()
+        self._out: Inbox[Attempt | None] = make_inbox(owner.stage.clock)
         self._session: Session | None = None
+        self._cancelled: str | None = None  # for what, before it began
 
     def __aiter__(self) -> Self:
         return self
@@ -112,18 +122,26 @@ class AsyncStream(Results[P, V]):
     def cancel(self, reason: str = "cancelled") -> None:
         """Stop the run; what was taken is still handed out, CANCELLED where it was not finished."""
         require_kind("reason", reason, str)
-        self._begun().cancel(reason)
+        if self._session is None:
+            self._cancelled = reason
+        else:
+            self._session.cancel(reason)
 
     async def aclose(self) -> None:
         """Stop the run at once and give up what runs; what was not handed out is in `report.results`."""
         if not self._over:
             session = self._begun()
-            await _abort(session, "closed")
-            self._closed(session)
+            cancelled = await _abort(session, "closed")
+            report = self._closed(session)
+            if cancelled is not None:
+                attach_report(cancelled, report)
+                raise cancelled
 
     def _begun(self) -> Session:
         if self._session is None:
             self._session = self._make_session(deliver=self._out.put)
+            if self._cancelled is not None:
+                self._session.cancel(self._cancelled)
             self._session.start()
         return self._session
 
@@ -182,7 +200,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
     ) -> None:
         require_callable("fn", fn)
         super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event)
-        require_async("fn", fn)
+        require_async("fn", fn, generators=False)
         self._calls: WeakKeyDictionary[Any, _AsyncCalls] = WeakKeyDictionary()
         self._books: WeakKeyDictionary[Any, LaneBook] = WeakKeyDictionary()
 

@@ -28,6 +28,7 @@ from .session import (
     Session,
     Stage,
     Stream,
+    check_live_limits,
     check_run,
     result_of,
     threads_stage,
@@ -89,6 +90,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
             optional(require_callable, name, value)
             refuse_async(name, value, "a plain function: it is called where nothing is awaited")
+        check_live_limits(policy.limits, stage.clock)
         self.stage = stage
         self._fn = fn
         self.policy = policy
@@ -126,7 +128,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         return _ONE_LANE if self._lane_by is None else self._lane_by(payload)
 
     def _preparer(self, book: LaneBook) -> Callable[[Any], Any]:
-        """Return what makes an attempt of an input, or of a bare payload a pair with its lane; the user's `key` and `lane_by` run in it."""
+        """Return what makes an attempt of an input, or a pair of its lane and a bare payload; user code runs in it."""
         lane_by, key = self._lane_by, self._key
         find, known = book.lane, book.lanes.get
 

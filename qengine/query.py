@@ -39,6 +39,7 @@ from .session import (
     Session,
     Stage,
     Stream,
+    check_live_limits,
     check_run,
     result_of,
     threads_stage,
@@ -192,6 +193,8 @@ class HierarchyFace(Reporting):
         require_count("lookahead", lookahead, 0)
         optional(require_callable, "on_event", on_event)
         refuse_async("on_event", on_event, "a plain function: it is called where nothing is awaited")
+        for source in sources:
+            check_live_limits(source.limits, stage.clock)
         self.stage = stage
         self.sources = tuple(sources)
         self.plan = plan

@@ -77,6 +77,13 @@ def check_run(name: str, inputs: object, cancel: object, kinds: tuple[type, ...]
     optional(require_kind, "cancel", cancel, CancellationToken)
 
 
+def check_live_limits(limits: Iterable[Limit], clock: Clock) -> None:
+    """Refuse live limiters by another time than that of a virtual clock: the one would wait for the other for ever."""
+    for limit in limits if isinstance(clock, VirtualClock) else ():
+        if isinstance(limit, LiveLimit) and limit.as_limit_set().now_fn != clock.now:
+            refuse("limits", limit, "a RateLimiter made with now_fn=clock.now, where there is a VirtualClock")
+
+
 class OwnedGate(Gate):
     """A gate that an executor or a source owns: declared limits get a state of its own, live ones keep theirs."""
 
@@ -157,7 +164,6 @@ class Session:
         make_report: Callable[..., RunReport[Any, Any]] = RunReport,
     ) -> None:
         clock = stage.clock
-        clock.enter(self)
         now = clock.now()
         self.started_at = clock.wall_time()
         self.wall_offset = self.started_at - now
@@ -186,6 +192,7 @@ class Session:
         self.crew = stage.make_crew(
             self.run, clock, deliver=deliver, after_pump=None if on_event is None else self._tell
         )
+        clock.enter(self)
 
     def start(self) -> None:
         """Begin."""
@@ -254,26 +261,9 @@ class Session:
         )
 
     def results(self, records: Iterable[Record]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
-        """Return what makes the results of some tasks, when they are looked at."""
-        return lambda: list(self._make_results(records))
-
-    def _make_results(self, records: Iterable[Record]) -> Iterator[TaskResult[Any, Any]]:
-        names = [lane.name for lane in self.run.lanes]
-        for record in records:
-            if isinstance(record, tuple):
-                payload, value, lane, started_at, duration = record
-                yield TaskResult(
-                    Task(payload),
-                    TaskStatus.SUCCEEDED,
-                    value,
-                    attempts=1,
-                    usage={"calls": 1.0},
-                    source=names[lane],
-                    started_at=started_at + self.wall_offset,
-                    duration=duration,
-                )
-            elif record is not None and record.status is not None:
-                yield result_of(record, self.wall_offset)
+        """Return what makes the results of some tasks, when they are looked at; it keeps nothing else alive."""
+        names, wall_offset = [lane.name for lane in self.run.lanes], self.wall_offset
+        return lambda: list(_make_results(records, names, wall_offset))
 
     def _tell(self) -> None:
         """Hand the events on, one at a time and in order; a listener that raises is reported once."""
@@ -292,6 +282,26 @@ class Session:
             if not self._on_event_failed:
                 self._on_event_failed = True
                 _log.exception("on_event raised; the run goes on, and this is not reported again")
+
+
+def _make_results(
+    records: Iterable[Record], names: Sequence[str], wall_offset: float
+) -> Iterator[TaskResult[Any, Any]]:
+    for record in records:
+        if isinstance(record, tuple):
+            payload, value, lane, started_at, duration = record
+            yield TaskResult(
+                Task(payload),
+                TaskStatus.SUCCEEDED,
+                value,
+                attempts=1,
+                usage={"calls": 1.0},
+                source=names[lane],
+                started_at=started_at + wall_offset,
+                duration=duration,
+            )
+        elif record is not None and record.status is not None:
+            yield result_of(record, wall_offset)
 
 
 def attach_report(error: BaseException, report: RunReport[Any, Any]) -> None:

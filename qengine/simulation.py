@@ -12,7 +12,8 @@ from threading import Lock
 from typing import Any
 
 from .core.gate import Gate
-from .drivers.calls import CurrentAttempt
+from .core.limits import LimitSet
+from .drivers.calls import CurrentAttempt, refuse_async
 from .drivers.clock import Clock
 from .drivers.simulation import SimulatedCrew
 from .drivers.virtual import VirtualClock
@@ -59,6 +60,8 @@ def simulate(
     require_kind("executor", executor, Reporting)
     check_run("inputs", inputs, None, executor.input_kinds)
     optional(require_callable, "outcome", outcome)
+    for name, fn in (("latency", latency), ("outcome", outcome)):
+        refuse_async(name, fn, "a plain function: nothing is awaited in a simulation")
     if callable(latency):
         latency_of = latency
     else:
@@ -90,10 +93,11 @@ class _Prediction(Stage):
         self._real = real.clock
         self._begun_at = self._real.now()
         self._start = clock.now()
+        self._twins: dict[object, LimitSet] = {}
 
     def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
         """Return the twin of a gate, or of the one that there would be."""
         gate = gates.get(key)
         if gate is not None:
-            return gate.twin(self._begun_at, self._start, Lock)
-        return make(self._real).twin(self._real.now(), self.clock.now(), Lock)
+            return gate.twin(self._begun_at, self._start, Lock, self._twins)
+        return make(self._real).twin(self._real.now(), self.clock.now(), Lock, self._twins)

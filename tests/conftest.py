@@ -1,20 +1,22 @@
 """What every test is held to, and what tests share.
 
-A test cleans up after itself: `leaves_nothing_behind` fails one that leaves a thread running, a file descriptor
-open, a timer pending or a signal handler in place. One whose subject is a hung call says so, by
+A test cleans up after itself: `leaves_nothing_behind` fails one that leaves a thread running, an asyncio task pending,
+a file descriptor open, a timer pending or a signal handler in place. One whose subject is a hung call says so, by
 `@pytest.mark.abandons("why")`: its daemon threads, and the descriptors they hold, may stay.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 
@@ -59,10 +61,22 @@ def still_running(threads: list[threading.Thread]) -> list[threading.Thread]:
     return [thread for thread in threads if thread.is_alive()]
 
 
+def pending_tasks() -> list[Any]:
+    """The asyncio tasks of all loops that are not done, where asyncio keeps a list of them that can be seen.
+
+    But for those of which asyncio itself would say nothing: a test that closes a loop under a task takes care of it.
+    """
+    tasks = sys.modules.get("asyncio.tasks")
+    books = ("_all_tasks", "_scheduled_tasks", "_eager_tasks")      # 3.11; 3.12 and later
+    known = {task for name in books for task in list(getattr(tasks, name, ()))}
+    return [task for task in known if not task.done() and getattr(task, "_log_destroy_pending", True)]
+
+
 class Leftovers:
     """What there was before a test, and what of it is new after."""
 
     def __init__(self) -> None:
+        self.tasks = set(pending_tasks())
         self.threads = set(threading.enumerate())
         self.descriptors = open_descriptors()
         self.timers = pending_timers()
@@ -76,12 +90,14 @@ class Leftovers:
 
     def found(self, abandons: bool = False) -> list[str]:
         """Each thing left behind, in words; ends what would hit the next test."""
+        # Before the garbage is collected: one that nobody holds would be gone then, and only the log would tell.
+        tasks = [f"a task: {task!r}" for task in pending_tasks() if task not in self.tasks]
         if self.new_threads() or self.new_descriptors():
             gc.collect()        # what only a cycle keeps open is closed at its own time, not left behind
         # An abandoned thread hangs, that is the point: there is no use in waiting for it.
         threads = self.new_threads()
         left = still_running([thread for thread in threads if not (abandons and thread.daemon)])
-        words = [f"a thread: {thread.name}{' (daemon)' if thread.daemon else ''}" for thread in left]
+        words = tasks + [f"a thread: {thread.name}{' (daemon)' if thread.daemon else ''}" for thread in left]
         if not abandons:
             words += [f"a file descriptor: {fd} -> {what}" for fd, what in sorted(self.new_descriptors().items())]
         for name in pending_timers().keys() - self.timers.keys():
@@ -96,7 +112,7 @@ class Leftovers:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that leaves a thread, a file descriptor, a timer or a signal handler behind."""
+    """Fails a test that leaves a thread, a task, a file descriptor, a timer or a signal handler behind."""
     marker = request.node.get_closest_marker("abandons")
     if marker is not None and not (marker.args or marker.kwargs.get("reason")):
         pytest.fail("the marker `abandons` needs the reason: @pytest.mark.abandons('why')", pytrace=False)
@@ -105,6 +121,33 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     words = before.found(abandons=marker is not None)
     if words:
         pytest.fail("the test left behind " + "; ".join(words), pytrace=False)
+
+
+@pytest.fixture
+def quietly(caplog: pytest.LogCaptureFixture) -> Callable[..., Any]:
+    """`quietly(coroutine)`: as asyncio.run, and asyncio says nothing of it, neither then nor when it is garbage."""
+    import asyncio
+
+    def run(main: Coroutine[Any, Any, Any], *, debug: bool = False, left: int = 0) -> Any:
+        told: list[dict[str, Any]] = []
+
+        async def watched() -> Any:
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+            try:
+                return await main
+            finally:
+                others = asyncio.all_tasks() - {asyncio.current_task()}     # type: ignore[arg-type]
+                assert len(others) == left, others
+
+        try:
+            return asyncio.run(watched(), debug=debug)
+        finally:
+            gc.collect()
+            assert told == []
+            said = [record for record in caplog.records if record.name == "asyncio" and record.levelno > logging.INFO]
+            assert [record.message for record in said] == []
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

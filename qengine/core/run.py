@@ -324,6 +324,8 @@ class Run:
 
     def cancel(self, reason: str, now: float, in_flight: str | None = None) -> None:
         """Stop: admit nothing more; drain or abandon what runs, as the policy or `in_flight` says."""
+        if self._over:
+            return
         if self.stop_reason is None:
             self._halt(reason, now, in_flight)
         elif in_flight == "abandon":

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import Context
+from functools import partial
 from threading import get_ident
 from typing import Any, Generic, TypeVar
 
@@ -23,9 +24,10 @@ from ..core.lane import Attempt, Feed
 from ..core.run import Run
 from ..core.steps import Cancel, Raised
 from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
-from .clock import SYSTEM_CLOCK, CanCancel, Clock, DriverThread
+from .clock import CanCancel, Clock, DriverThread
 from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
 from .handover import Lender
+from .virtual import VirtualClock
 
 T = TypeVar("T")
 
@@ -36,6 +38,17 @@ UNWIND_SECONDS = 0.040
 """How long, at the end of a run, tasks that were cancelled are waited for."""
 
 _left_behind: set[asyncio.Task[None]] = set()  # tasks that hang; a task that nobody holds may vanish while it waits
+
+
+def _fault(error: BaseException, now: float) -> None:
+    raise error
+
+
+async def _closed(close: Awaitable[object]) -> None:
+    try:
+        await close
+    except BaseException:  # its own affair, like that of any generator that is closed; or it runs, in a hung pull
+        return
 
 
 class Inbox(Generic[T]):
@@ -67,15 +80,35 @@ class Inbox(Generic[T]):
         return self._items.popleft()
 
 
+class _PacedInbox(Inbox[T]):
+    """One whose reader goes on when it is its turn on virtual time."""
+
+    __slots__ = ("_clock",)
+
+    def __init__(self, clock: VirtualClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def put(self, item: T) -> None:
+        """Put something in."""
+        self._clock.soon(partial(super().put, item))
+
+
+def make_inbox(clock: Clock) -> Inbox[Any]:
+    """Make a queue of one reader for a run on a clock."""
+    return _PacedInbox(clock) if isinstance(clock, VirtualClock) else Inbox()
+
+
 class TaskWorker(Worker):
     """One task of a crew, its mailbox, and the threads that it lends to functions that block."""
 
     __slots__ = ("lender", "task")
 
+    task: asyncio.Task[None]
+
     def __init__(self, clock: Clock, number: int) -> None:
-        super().__init__(Inbox())
+        super().__init__(make_inbox(clock))
         self.lender = Lender(clock, f"qengine-{number}")
-        self.task: asyncio.Task[None] | None = None
 
 
 class TaskCrew(Crew):
@@ -95,7 +128,7 @@ class TaskCrew(Crew):
         self._timer: CanCancel | None = None
         self._waiters: list[asyncio.Future[None]] = []
         # On virtual time nobody else is waiting for the loop, and a run is to be the same every time.
-        self._yield_at = self._now_fn() + SLICE if clock is SYSTEM_CLOCK else math.inf
+        self._yield_at = math.inf if self._in_turn else self._now_fn() + SLICE
         self._count = 0
         self._threads: list[DriverThread] = []
 
@@ -125,18 +158,33 @@ class TaskCrew(Crew):
             await waiter
 
     async def join(self, seconds: float = UNWIND_SECONDS) -> None:
-        """Wait for the tasks to end, those that were given up too, but not longer than that."""
-        tasks = [worker.task for worker in self._hired if worker.task is not None]
+        """Wait for the tasks to end, those that were given up too, but not longer than that; then shut the inputs."""
+        tasks = [worker.task for worker in self._hired]
+        until = self._loop.time() + seconds
         try:
-            if tasks:
-                await asyncio.wait(tasks, timeout=seconds)
+            await self.clock.unwind(tasks, seconds)
+            closing = self._close_inputs()
+            if closing is not None:
+                tasks.append(closing)
+                await self.clock.unwind([closing], until - self._loop.time())
         finally:
             for task in tasks:
                 if not task.done():
                     _left_behind.add(task)
                     task.add_done_callback(_left_behind.discard)
+            for worker in self._hired:
+                self._threads += worker.lender.end()
             while self._threads:
                 self._threads.pop().join()  # each is on its way out
+
+    def _close_inputs(self) -> asyncio.Task[None] | None:
+        """Begin to close an async generator of inputs that was not run through; it may hold what others need."""
+        feed = self.run.intake
+        close = None if feed is None or feed.ended else getattr(feed.iterator, "aclose", None)
+        if feed is None or close is None:
+            return None
+        feed.ended = True
+        return self._loop.create_task(_closed(close()))
 
     # ---- the tasks ---------------------------------------------------------------------------------------------------
 
@@ -149,21 +197,24 @@ class TaskCrew(Crew):
 
     def _start(self, worker: TaskWorker, work: Work) -> None:
         context = self._context.copy()
-        worker.task = self._loop.create_task(self._live(worker, context), context=context)
+        worker.task = self._loop.create_task(self._work(worker, context), context=context)
+        worker.task.add_done_callback(partial(self._ended, worker))
         worker.mailbox.put(work)  # only now: a task that is started eagerly would run it within the pump
 
-    async def _live(self, worker: TaskWorker, context: Context) -> None:
-        try:
-            await self._work(worker, context)
-        finally:
-            worker.place = GONE
-            self._threads += worker.lender.end()
-            self._hired.pop(worker, None)
+    def _ended(self, worker: TaskWorker, task: asyncio.Task[None]) -> None:
+        if worker.place is CALLED:  # it was cancelled before its first step
+            self._lose(worker, None, asyncio.CancelledError())
+        elif not task.cancelled() and (error := task.exception()) is not None:  # a fault of ours
+            self._pump(None, _fault, (error,))
+        worker.place = GONE
+        self._threads += worker.lender.end()
+        self._hired.pop(worker, None)
 
     async def _work(self, worker: TaskWorker, context: Context) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
         run, turn, inbox = self.run, self.run.turn, self._inbox
-        alone = self._deliver is None and self._after_pump is None  # whether nobody is told of what happens
+        # Whether nobody is told of what happens, nor has a turn to wait for.
+        alone = self._deliver is None and self._after_pump is None and not self._in_turn
         set_current_worker(worker, self.clock)
         base = context.copy()
         task = asyncio.current_task()
@@ -198,8 +249,7 @@ class TaskCrew(Crew):
                         goes_on = False
                     work = None
                     if cancelling() or context != base:
-                        worker.place = GONE
-                        pump(worker, done, outcome)
+                        self._retire(worker, done, outcome)
                         return
                     now = now_fn()
                     if goes_on:
@@ -223,12 +273,37 @@ class TaskCrew(Crew):
                         work = pump(worker, done, outcome)
                     done = outcome = None  # an idle worker keeps no result alive
                     if now >= self._yield_at:
+                        if work is not None:  # until it goes on, the work may still be taken back
+                            self._call(work, worker)
                         await self._yield()
-                        if type(work) is Attempt:
-                            work.started_at = now_fn()
+                        if work is not None:
+                            if unclaimed.pop(work, None) is None:
+                                break
+                            worker.place = BUSY
+                            if type(work) is Attempt:
+                                work.started_at = now_fn()
                 work = await mailbox.get()
         except asyncio.CancelledError as error:  # a stranger cancels all tasks of the loop, perhaps because it ends
             self._lose(worker, work, error)
+
+    def _retire(self, worker: TaskWorker, done: Any, outcome: Any) -> None:
+        """Take the outcome of a worker's last call: it was cancelled, or changed its context."""
+        was_given_up, worker.place = worker.place is GONE, GONE
+        if was_given_up and worker.lender.busy:  # a thread goes on with it: the call is over when that returns
+            worker.lender.on_return = partial(self._returned, done)
+            return
+        if not was_given_up:
+            self._end_with_loop()
+        self._pump(worker, done, outcome)
+
+    def _returned(self, done: Any, value: Any, error: BaseException | None) -> None:
+        if isinstance(done, Attempt):
+            self._pump(None, done, value if error is None else raised(done, error))
+
+    def _end_with_loop(self) -> None:
+        """End the run if all tasks of the loop are being cancelled: it is about to end, and new ones would be lost."""
+        if all(task.cancelling() for task in asyncio.all_tasks(self._loop)):
+            self._inbox.append((lambda now: self.run.cancel("loop_ended", now, "abandon"), (), None))
 
     def _lose(self, worker: TaskWorker, work: Work | None, error: BaseException) -> None:
         """Go on without a worker that was cancelled between two calls; what it was about to do is cancelled."""
@@ -237,15 +312,20 @@ class TaskCrew(Crew):
         elif worker.place is CALLED:
             work = next((given for given, owner in self._unclaimed.items() if owner is worker), None)
         worker.place = GONE
+        self._end_with_loop()
         if work is not None:
             self._unclaimed.pop(work, None)
             if isinstance(work, Attempt):
                 self._pump(worker, work, Raised(error, cancelled=True))
             else:
                 self._pump(worker, self.run.offered, (work, True, error))
+        elif self._inbox:
+            self._pump(None, look_again, ())
 
     def _interrupt(self, worker: TaskWorker) -> None:
-        if worker.task is not None:
+        if isinstance(self.clock, VirtualClock):
+            self.clock.soon(worker.task.cancel)
+        else:
             worker.task.cancel()
 
     async def _yield(self) -> None:

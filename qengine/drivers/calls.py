@@ -115,14 +115,15 @@ def tell_cancelled(attempt: Attempt, reason: str) -> None:
         attempt.view.cancel.cancel(reason)
 
 
-def is_async(fn: object) -> bool:
-    """Say whether calling `fn` gives something to be awaited or iterated over asynchronously."""
+def is_async(fn: object, *, generators: bool = True) -> bool:
+    """Say whether calling `fn` gives something to be awaited, or (`generators`) to be iterated over asynchronously."""
     target: Any = fn
     while isinstance(target, functools.partial):
         target = target.func
     call = getattr(type(target), "__call__", None)  # noqa: B004 - an object may have an async one
-    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    return any(kind(one) for kind in kinds for one in (target, call)) or _is_marked_async(target)
+    return any(
+        inspect.iscoroutinefunction(one) or (generators and inspect.isasyncgenfunction(one)) for one in (target, call)
+    ) or _is_marked_async(target)
 
 
 def _is_marked_async(target: object) -> bool:
@@ -189,7 +190,7 @@ async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseExcep
             ready = prepare(item)
             arrived(ready if type(ready) in _READY else await ready)
             wanted -= 1
-            if wanted & 3 == 0 and now_fn() > until:
+            if now_fn() > until:
                 return False, None
     except BaseException as error:
         return True, error

@@ -20,7 +20,7 @@ from ..core.lane import Attempt, Feed
 from ..core.run import Run
 from ..core.steps import DONE, Cancel
 from .calls import tell_cancelled
-from .clock import Clock
+from .clock import SYSTEM_CLOCK, Clock
 
 Work = Attempt | Feed
 Deliver = Callable[[Attempt | None], object]
@@ -80,6 +80,8 @@ class Crew:
         self.over = False
         self.fault: BaseException | None = None
         self._told_end = False
+        # On virtual time work is begun in the order in which it is handed out, also a worker's own next.
+        self._in_turn = clock is not SYSTEM_CLOCK
         self._now_fn = clock.now
         self._deliver = deliver
         self._after_pump = after_pump
@@ -145,7 +147,11 @@ class Crew:
                         self._take_in(inbox.popleft(), worker, now)
                     step = run.next(now)
                 taker = worker
-                if worker is not None and (mine is not None or worker.place is not BUSY):
+                if self._in_turn:
+                    taker = None
+                    if worker is not None and worker.place is BUSY:
+                        self._rest(worker)
+                elif worker is not None and (mine is not None or worker.place is not BUSY):
                     taker = self._freed(worker) if mine is None else None
                 while True:
                     if type(step) is Attempt or type(step) is Feed:

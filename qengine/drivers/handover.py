@@ -61,11 +61,14 @@ def in_thread(fn: Callable[P, V]) -> Callable[P, Coroutine[Any, Any, V]]:
 class Lender:
     """The threads of one worker: as many as calls at the same time, nearly always one."""
 
-    __slots__ = ("_clock", "_idle", "_name")
+    __slots__ = ("_clock", "_idle", "_name", "busy", "on_return")
 
     def __init__(self, clock: Clock, name: str) -> None:
         self._clock = clock
         self._name = name
+        self.busy = 0  # threads that have not returned
+        self.on_return: Callable[[Any, BaseException | None], object] | None = None
+        """Called with what the last of them came to, though nobody waits for it."""
         self._idle: list[tuple[Queue, DriverThread]] = []
 
     async def run(self, fn: Callable[[], Any], worker: HasWork | None) -> Any:
@@ -76,9 +79,11 @@ class Lender:
         future = loop.create_future()
 
         def answer(value: Any, error: BaseException | None) -> None:
+            self.busy -= 1
             if future.done():  # nobody waits any more
-                return
-            if error is None:
+                if self.busy == 0 and self.on_return is not None:
+                    self.on_return(value, error)
+            elif error is None:
                 future.set_result(value)
             else:
                 future.set_result(_Error(error))  # tagged: a future takes no StopIteration, and logs what nobody takes
@@ -91,14 +96,15 @@ class Lender:
 
         jobs, thread = self._idle.pop() if self._idle else self._start()
         context = copy_context()
+        self.busy += 1
         if worker is not None:
-            jobs.put((context, functools.partial(_as_worker, worker, self._clock, fn), reply))
-        else:
-            jobs.put((context, fn, reply))
+            fn = functools.partial(_as_worker, worker, self._clock, fn)
+        self._clock.hand(jobs, (context, fn, reply))
         try:
             outcome = await future
         except BaseException:
             jobs.put(None)  # it ends when the function returns
+            self._clock.interrupt(thread)
             raise
         self._idle.append((jobs, thread))
         if type(outcome) is _Error:
@@ -115,7 +121,7 @@ class Lender:
     def _start(self) -> tuple[Queue, DriverThread]:
         jobs = self._clock.queue()
         thread = self._clock.thread(_serve, (jobs,), self._name)
-        thread.start()
+        self._clock.begin(thread)
         return jobs, thread
 
 

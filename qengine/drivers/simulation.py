@@ -83,14 +83,14 @@ class SimulatedCrew(Crew):
             self.clock.soon(self._look)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Simulate until the run is over, at most `timeout` seconds; return whether it is."""
-        alarm = None if timeout is None else self.clock.at(self.clock.now() + timeout, bool, last=True)
-        self.clock.drive(lambda: self.over or (alarm is not None and not alarm.pending))
+        """Simulate until the run is over; return whether it is."""
+        while not self.over:
+            if not self.clock.step() and not self.over:
+                self._fail(RuntimeError("the simulated run stands still for ever: a call hangs and has no timeout"))
         return self.over
 
     def join(self) -> None:
-        """Let what was given up end."""
-        self.clock.settle()
+        """Do nothing: what was given up ends when the clock is left."""
 
     # ---- the workers -------------------------------------------------------------------------------------------------
 

@@ -155,4 +155,6 @@ class ThreadCrew(Crew):
             # First forget the alarm, then leave word: whoever has the lock, or gets it, looks again and sets it anew.
             self._sleep_until = math.inf
             self._pump(None, look_again, ())
-            self.clock.take_until(self._alarm, self._sleep_until)
+            # Who rings has left word in the inbox, or has only set the alarm earlier.
+            while self.clock.take_until(self._alarm, self._sleep_until) and not (self._inbox or self.over):
+                pass
