@@ -1,0 +1,463 @@
+"""Random workloads, held against the promises by what is seen from outside; and an oracle that is seen to refuse.
+
+In full: QENGINE_STRESS=1000 in virtual time (-k "simulation or virtual"), 300 on the real clock.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from contract_support import Ran
+from workloads import DRIVERS, Call, Driver, Job, Workload, as_simulated, check, make_workload, run_simulated
+
+from qengine import (
+    BreakerPolicy,
+    CollectionReport,
+    Event,
+    ExecutionPolicy,
+    RateLimit,
+    RetryPolicy,
+    RunReport,
+    StopConditions,
+    Window,
+)
+
+ENDLESS = 30.0      # seconds; a workload takes less than one
+VIRTUAL = [name for name, driver in DRIVERS.items() if driver.exact]
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest) -> Driver:
+    return DRIVERS[request.param]
+
+
+@pytest.mark.stress
+def test_random_workloads_keep_every_promise(driver: Driver, stress_count: Callable[[int], int]) -> None:
+    for seed in range(stress_count(driver.seeds)):
+        workload = driver.fit(make_workload(seed))
+        check(workload, run(driver, workload), driver.exact)
+
+
+@pytest.mark.stress
+def test_one_workload_has_one_event_log(stress_count: Callable[[int], int]) -> None:
+    for seed in range(stress_count(60)):
+        workload = as_simulated(make_workload(seed))
+        first, *others = (log_of(run(DRIVERS[name], workload)) for name in VIRTUAL)
+        for name, other in zip(VIRTUAL[1:], others, strict=True):
+            assert other == first, f"{name}\n{workload}"
+
+
+@pytest.mark.stress
+def test_a_run_that_nobody_watches_comes_to_the_same(stress_count: Callable[[int], int]) -> None:
+    for seed in range(stress_count(100)):
+        workload = as_simulated(make_workload(seed))
+        watched, unwatched = (run_simulated(workload, watched).report for watched in (True, False))
+        assert summary(unwatched) == summary(watched), str(workload)
+
+
+def run(driver: Driver, workload: Workload) -> Ran:
+    """Run it; whatever is raised on the way names the workload, and so does a run that does not end."""
+    try:
+        with ended_after(ENDLESS):
+            return driver.run(workload)
+    except BaseException as error:
+        error.add_note(str(workload))
+        raise
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Interrupts the code in it by a TimeoutError, where the system has a timer for that."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise TimeoutError(f"it did not end within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def log_of(ran: Ran) -> list[tuple[Any, ...]]:
+    """The event log, from the first instant; the last bits of a sum depend on where it begins."""
+    begin = ran.events[0].at if ran.events else 0.0
+    return [(round(event.at - begin, 9), *_what(event)) for event in ran.events]
+
+
+def _what(event: Event) -> tuple[Any, ...]:
+    return event.kind, event.source, event.index, event.number, event.detail
+
+
+def summary(report: RunReport[Any, Any]) -> Any:
+    """All that a report says, but for the time of day."""
+    results = [
+        (r.task, r.status, r.value, repr(r.error), r.reason, r.attempts, r.usage, r.source, r.started_at, r.duration)
+        for r in report.results
+    ]
+    return results, report.by_source, report.stop_reason, report.intake_cut, report.abandoned, report.makespan
+
+
+# ---- limits are used -------------------------------------------------------------------------------------------------
+
+
+def plain(count: int, policy: ExecutionPolicy, seconds: float = 0.0, **more: Any) -> Workload:
+    """So many tasks of one lane that all succeed."""
+    jobs = tuple(Job(number, "default", (Call(seconds),)) for number in range(count))
+    return Workload(0, {"default": policy}, jobs, policy.stop, **more)
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+@pytest.mark.parametrize(("rate", "burst", "count"), [(100, 1, 50), (1000, 10, 64), (7, 3, 40), (50, 60, 60)])
+def test_the_last_start_comes_at_the_very_instant_that_the_rate_allows(
+    name: str, rate: float, burst: int, count: int
+) -> None:
+    workload = plain(count, ExecutionPolicy(limits=[RateLimit(per_second=rate, burst=burst)]))
+    ran = DRIVERS[name].run(workload)
+    check(workload, ran, True)
+    starts = [event.at for event in ran.of("start")]
+    assert starts[-1] - starts[0] == pytest.approx((count - burst) / rate, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+@pytest.mark.parametrize(("limit", "seconds", "work"), [(1, 0.5, 0.0), (3, 1.0, 0.25), (5, 2.0, 3.0)])
+def test_a_window_is_full_whenever_it_may_be(name: str, limit: int, seconds: float, work: float) -> None:
+    workload = plain(4 * limit, ExecutionPolicy(limits=[Window(limit=limit, seconds=seconds)]), work)
+    ran = DRIVERS[name].run(workload)
+    check(workload, ran, True)
+    starts = [event.at - ran.events[0].at for event in ran.of("start")]
+    assert starts == pytest.approx([number // limit * (seconds + work) for number in range(4 * limit)], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_all_places_are_taken_while_there_is_work(name: str) -> None:
+    workload = plain(40, ExecutionPolicy(concurrency=4), 0.5)
+    ran = DRIVERS[name].run(workload)
+    check(workload, ran, True)
+    assert ran.report.makespan == pytest.approx(40 / 4 * 0.5)
+
+
+# ---- the oracle can refuse -------------------------------------------------------------------------------------------
+
+
+def forge(ran: Ran, events: Sequence[Event] | None = None, results: Sequence[Any] | None = None, **told: Any) -> Ran:
+    """The same run, told otherwise."""
+    report = ran.report
+    fields: dict[str, Any] = {
+        name: getattr(report, name)
+        for name in ("by_source", "stop_reason", "intake_cut", "abandoned", "makespan", "started_at", "finished_at")
+    }
+    if isinstance(report, CollectionReport):
+        fields["active_nodes"] = report.active_nodes
+    fields.update(told)
+    kept = report.results if results is None else tuple(results)
+    forged = type(report)(results=lambda: kept, **fields)
+    return Ran(forged, list(ran.events if events is None else events), ran.error, ran.handed_out)
+
+
+def place(ran: Ran, kind: str, index: int | None = None, number: int | None = None) -> int:
+    """Where in the log the first event of that kind stands."""
+    return next(
+        at for at, event in enumerate(ran.events)
+        if event.kind == kind and index in (None, event.index) and number in (None, event.number)
+    )
+
+
+def moved(
+    ran: Ran, kind: str, index: int | None, to: float, number: int | None = None, early: bool = False
+) -> Ran:
+    """An event at another instant, where that stands in the log: behind all of that instant, or before them."""
+    at = place(ran, kind, index, number)
+    event = replace(ran.events[at], at=to)
+    rest = [*ran.events[:at], *ran.events[at + 1 :]]
+    before = sum(other.at < to if early else other.at <= to for other in rest)
+    return forge(ran, [*rest[:before], event, *rest[before:]])
+
+
+def without(ran: Ran, kind: str, index: int | None = None) -> Ran:
+    at = place(ran, kind, index)
+    return forge(ran, [*ran.events[:at], *ran.events[at + 1 :]])
+
+
+def changed(ran: Ran, index: int, **fields: Any) -> Ran:
+    """A result that says something else."""
+    results = list(ran.report.results)
+    results[index] = replace(results[index], **fields)
+    return forge(ran, results=results)
+
+
+def delayed(ran: Ran, since: float, by: float) -> Ran:
+    """Everything later than an instant is later still."""
+    events = [replace(event, at=event.at + by) if event.at > since else event for event in ran.events]
+    return forge(ran, events, makespan=ran.report.makespan + by)
+
+
+def counted(ran: Ran, **fields: Any) -> Ran:
+    """A lane that counted something else."""
+    name = next(iter(ran.report.by_source))
+    return forge(ran, by_source={**ran.report.by_source, name: replace(ran.report.by_source[name], **fields)})
+
+
+def one_lane(*jobs: tuple[Call, ...], **policy: Any) -> Workload:
+    """Tasks of one lane, each as its calls say."""
+    named = tuple(Job(number, "default", calls) for number, calls in enumerate(jobs))
+    declared = ExecutionPolicy(**policy)
+    return Workload(0, {"default": declared}, named, declared.stop)
+
+
+def garden(*names: str, children: Any = (), roots: tuple[str, ...] = ("a",), **policy: Any) -> Workload:
+    """A hierarchy of one source, which is asked one thing about each node and takes 20 ms to find something."""
+    jobs = tuple(Job(f"{name}?", "red", (SLOW,), node=name) for name in names)
+    return Workload(
+        0, {"red": ExecutionPolicy(**policy)}, jobs, roots=roots,
+        children={(above, "red"): tuple(below) for above, below in dict(children).items()},
+    )
+
+
+OK, SLOW, BAD, LATER, HANGS = Call(), Call(0.02), Call(outcome="failed"), Call(outcome="transient"), Call(float("inf"))
+GOOD, WORK, FAIL, AGAIN, HANG = (OK,), (SLOW,), (BAD,), (LATER, LATER, OK), (HANGS,)
+THROTTLED = (Call(0.0, "throttled", 0.05), OK)
+STEADY = RetryPolicy(max_attempts=3, backoff=0.01, jitter="none")
+ONCE = StopConditions(max_failures=1)
+BREAKER = BreakerPolicy(failures=2, reset_after=0.05)
+RATE = [RateLimit(per_second=100)]
+TWO_IN_50_MS = [Window(2, 0.05)]
+
+# What is told, of which run, and by which words it is refused.
+FORGERIES: dict[str, tuple[Workload, Callable[[Ran], Ran], str]] = {
+    # the books
+    "a result is lost": (
+        one_lane(GOOD, GOOD), lambda ran: forge(ran, results=ran.report.results[:1]), "1 results of 2 tasks"
+    ),
+    "a result was never told": (one_lane(GOOD, GOOD), lambda ran: without(ran, "result", 1), "has no result"),
+    "a result is told twice": (
+        one_lane(GOOD), lambda ran: forge(ran, [*ran.events, ran.events[-1]]), "comes after the result"
+    ),
+    "results stand in another order": (
+        one_lane(GOOD, GOOD), lambda ran: forge(ran, results=ran.report.results[::-1]), "not in input order"
+    ),
+    "a call was not counted": (one_lane(GOOD, GOOD), lambda ran: counted(ran, calls=1), "1 calls of 2 starts"),
+    "a success was not counted": (one_lane(GOOD, GOOD), lambda ran: counted(ran, success_count=1), "success_count"),
+    "a retry was not counted": (one_lane(AGAIN, retry=STEADY), lambda ran: counted(ran, retries=1), "1 retries"),
+    "a 429 was not counted": (one_lane(THROTTLED), lambda ran: counted(ran, throttled=0), "0 throttled"),
+    "a makespan too short": (one_lane(WORK), lambda ran: forge(ran, makespan=0.01), "makespan 0.01"),
+    "busy for too short": (one_lane(WORK), lambda ran: counted(ran, busy_seconds=0.01), "busy 0.01"),
+    "calls used more": (one_lane(WORK), lambda ran: counted(ran, usage={"calls": 2.0}), "usage"),
+    "a rest of the budget": (one_lane(GOOD, budget=3), lambda ran: counted(ran, remaining_budget=3), "not 2"),
+    "a call that hangs": (one_lane(HANG, timeout=0.05), lambda ran: forge(ran, abandoned=1), "hangs in virtual time"),
+    "more calls that hang": (one_lane(HANG, timeout=0.05), lambda ran: forge(ran, abandoned=2), "2 abandoned"),
+    "intake was cut": (one_lane(GOOD), lambda ran: forge(ran, intake_cut=True), "all_succeeded|intake_cut"),
+    "time goes back": (one_lane(WORK, WORK), lambda ran: forge(ran, ran.events[::-1]), "time goes back"),
+    # how tasks end
+    "a value of another task": (one_lane(GOOD, GOOD), lambda ran: changed(ran, 1, value=(0, 1)), "1: succeeded"),
+    "an error of another kind": (one_lane(FAIL), lambda ran: changed(ran, 0, error=ValueError()), "error ValueError"),
+    "an attempt too few": (one_lane(AGAIN, retry=STEADY), lambda ran: changed(ran, 0, attempts=2), "after 2 attempts"),
+    "an attempt of a wrong number": (
+        one_lane(GOOD), lambda ran: forge(ran, [replace(event, number=2) for event in ran.events]), "is not attempt 1"
+    ),
+    "no reason for what was left": (
+        one_lane(FAIL, GOOD, concurrency=1, stop=ONCE), lambda ran: changed(ran, 1, reason="timeout"), "stopped by max"
+    ),
+    # instants
+    "a retry before its backoff": (
+        one_lane(AGAIN, retry=STEADY), lambda ran: moved(ran, "start", 0, 0.009, number=2), "was tried again at 0.009"
+    ),
+    "a retry after its backoff": (
+        one_lane(AGAIN, retry=STEADY), lambda ran: delayed(ran, 0.009, 0.005), "nothing stands in their way"
+    ),
+    "a start before the rate allows it": (
+        one_lane(*[GOOD] * 4, limits=[RateLimit(per_second=10)]), lambda ran: moved(ran, "start", 3, 0.25), "more than"
+    ),
+    "a start after the rate allows it": (
+        one_lane(GOOD, GOOD, GOOD, limits=RATE), lambda ran: delayed(ran, 0.015, 0.004), "stands in their way"
+    ),
+    "a start before the window is free": (
+        one_lane(WORK, WORK, GOOD, limits=TWO_IN_50_MS), lambda ran: moved(ran, "start", 2, 0.069), "has 0.0 left"
+    ),
+    "a timeout too early": (
+        one_lane(HANG, timeout=0.05),
+        lambda ran: forge(
+            counted(ran, busy_seconds=0.04), [replace(event, at=min(event.at, 0.04)) for event in ran.events],
+            makespan=0.04,
+        ),
+        "too early",
+    ),
+    "an answer too early": (
+        one_lane(WORK),
+        lambda ran: forge(
+            counted(ran, busy_seconds=0.0, first_at=0.0, last_at=0.0),
+            [replace(event, at=0.0) for event in ran.events], makespan=0.0,
+        ),
+        "took 0.0, not 0.02",
+    ),
+    # what runs at once, and in which order
+    "a start of what runs": (
+        one_lane(WORK), lambda ran: forge(ran, [ran.events[0], *ran.events]), "comes beside another attempt"
+    ),
+    "an answer of what does not run": (one_lane(GOOD), lambda ran: without(ran, "start"), "of nothing that runs"),
+    "a start beside the only one": (
+        one_lane(WORK, WORK, concurrency=1), lambda ran: moved(ran, "start", 1, 0.01), "has 1 running"
+    ),
+    "an idle place": (one_lane(WORK, WORK, concurrency=1), lambda ran: late_start(ran, 1, 0.004), "in their way"),
+    "a batch too early": (
+        one_lane(WORK, WORK, GOOD, batch_size=2, batch_backoff=0.01), lambda ran: moved(ran, "start", 2, 0.025),
+        "its batch",
+    ),
+    "a start through an open breaker": (
+        one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=BREAKER), lambda ran: moved(ran, "start", 2, 0.04),
+        "the breaker is open",
+    ),
+    "two probes": (
+        one_lane(FAIL, WORK, WORK, WORK, concurrency=2, breaker=replace(BREAKER, failures=1)),
+        lambda ran: moved(ran, "start", 3, 0.06),
+        "the breaker is open",
+    ),
+    "a breaker that says nothing": (
+        one_lane(FAIL, FAIL, concurrency=1, breaker=BREAKER), lambda ran: without(ran, "breaker_opened"), "no breaker"
+    ),
+    "a pause that is not kept": (
+        one_lane(THROTTLED, GOOD, concurrency=1), lambda ran: moved(ran, "start", 1, 0.04), "pauses until"
+    ),
+    # stops
+    "a start after the stop": (
+        one_lane(FAIL, GOOD, concurrency=1, stop=ONCE), lambda ran: moved(ran, "stop", None, 0.0, early=True),
+        "comes after the stop",
+    ),
+    "a stop that comes later": (
+        one_lane(FAIL, GOOD, concurrency=1, stop=ONCE), lambda ran: moved(ran, "stop", None, 0.01), "did not stop"
+    ),
+    "no stop": (
+        one_lane(FAIL, stop=ONCE), lambda ran: forge(without(ran, "stop"), stop_reason=None), "did not stop"
+    ),
+    "another reason to stop": (
+        one_lane(FAIL, stop=ONCE), lambda ran: forge(ran, stop_reason="timeout"), "stop_reason timeout"
+    ),
+    # hierarchies
+    "a node that was never active": (
+        garden("a"), lambda ran: forge(ran, active_nodes=["a", "b"]), "active are"
+    ),
+    "children before their parents": (
+        garden("a", "b", children={"a": "b"}), lambda ran: forge(ran, results=ran.report.results[::-1]), "by level"
+    ),
+    "a child asked before its parent's answer": (
+        garden("a", "b", children={"a": "b"}),
+        lambda ran: forge(
+            changed(ran, 1, started_at=(ran.report.results[1].started_at or 0.0) - 0.01, duration=0.03),
+        ),
+        "before what led to it",
+    ),
+}
+
+
+def late_start(ran: Ran, index: int, by: float) -> Ran:
+    """A task that begins and ends later."""
+    events = [replace(event, at=event.at + by) if event.index == index else event for event in ran.events]
+    name, source = next(iter(ran.report.by_source.items()))
+    source = replace(source, last_at=(source.last_at or 0.0) + by)
+    return forge(ran, events, makespan=ran.report.makespan + by, by_source={name: source})
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_the_oracle_refuses(name: str) -> None:
+    workload, forged, words = FORGERIES[name]
+    ran = run_simulated(workload)
+    check(workload, ran, True)
+    with pytest.raises(AssertionError, match=words):
+        check(workload, forged(ran), True)
+
+
+# Two workloads: what is right for the first breaks a promise of the second.
+CONFUSIONS: dict[str, tuple[Workload, Workload, str]] = {
+    "concurrency": (one_lane(WORK, WORK, concurrency=2), one_lane(WORK, WORK, concurrency=1), "has 1 running"),
+    "places not used": (one_lane(WORK, WORK, concurrency=1), one_lane(WORK, WORK, concurrency=2), "in their way"),
+    "a quicker rate": (
+        one_lane(*[GOOD] * 9, limits=[RateLimit(per_second=200)]), one_lane(*[GOOD] * 9, limits=RATE), "more than Rate"
+    ),
+    "a slower rate": (
+        one_lane(*[GOOD] * 9, limits=RATE), one_lane(*[GOOD] * 9, limits=[RateLimit(per_second=101)]), "in their way"
+    ),
+    "a smaller window": (
+        one_lane(*[WORK] * 5, limits=[Window(2, 0.04)]), one_lane(*[WORK] * 5, limits=TWO_IN_50_MS), "left"
+    ),
+    "a window from the start": (
+        one_lane(WORK, WORK, WORK, limits=[RateLimit(per_second=20)]),
+        one_lane(WORK, WORK, WORK, limits=[RateLimit(per_second=20), Window(1, 0.05)]), "left",
+    ),
+    "a larger budget": (one_lane(GOOD, GOOD, budget=2), one_lane(GOOD, GOOD, budget=1), "beyond the budget"),
+    "a smaller budget": (one_lane(GOOD, GOOD, budget=1), one_lane(GOOD, GOOD, budget=2), "the budget is 1"),
+    "no batches": (one_lane(*[WORK] * 4), one_lane(*[WORK] * 4, batch_size=2), "its batch"),
+    "more attempts": (
+        one_lane(AGAIN, retry=STEADY), one_lane(AGAIN, retry=replace(STEADY, max_attempts=2)), "of 2|after 3 attempts"
+    ),
+    "fewer attempts": (one_lane(AGAIN), one_lane(AGAIN, retry=STEADY), "though it could be tried again"),
+    "a shorter backoff": (
+        one_lane(AGAIN, retry=STEADY), one_lane(AGAIN, retry=replace(STEADY, backoff=0.02)), "retry after 0.01"
+    ),
+    "another kind of error": (
+        one_lane(AGAIN, retry=STEADY), one_lane(AGAIN, retry=replace(STEADY, retry_on=OSError)), "retried after"
+    ),
+    "a longer timeout": (one_lane(HANG, timeout=0.06), one_lane(HANG, timeout=0.05), "after its timeout"),
+    "no timeout of the task": (
+        one_lane(AGAIN, retry=STEADY), one_lane(AGAIN, retry=replace(STEADY, timeout=0.015)), "time of the whole task"
+    ),
+    "no breaker": (
+        one_lane(FAIL, FAIL, GOOD, concurrency=1), one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=BREAKER),
+        "no breaker opened",
+    ),
+    "a breaker that waits": (
+        one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=BREAKER),
+        one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=replace(BREAKER, on_open="skip")), "not waited for",
+    ),
+    "a breaker that skips": (
+        one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=replace(BREAKER, on_open="skip")),
+        one_lane(FAIL, FAIL, GOOD, concurrency=1, breaker=BREAKER), "the lane is given up",
+    ),
+    "no stop": (one_lane(FAIL, FAIL), one_lane(FAIL, FAIL, stop=ONCE), "did not stop"),
+    "a stop for no reason": (
+        one_lane(FAIL, GOOD, concurrency=1, stop=ONCE), one_lane(FAIL, GOOD, concurrency=1), "max_failures after"
+    ),
+    "a longer drain": (
+        one_lane(FAIL, WORK, stop=ONCE), one_lane(FAIL, WORK, stop=replace(ONCE, drain_seconds=0.01)), "after the stop"
+    ),
+    "a shorter drain": (
+        one_lane(FAIL, WORK, stop=replace(ONCE, in_flight="abandon")), one_lane(FAIL, WORK, stop=ONCE), "before its"
+    ),
+    "a later timeout": (
+        one_lane(GOOD, WORK, stop=StopConditions(timeout=0.015)),
+        one_lane(GOOD, WORK, stop=StopConditions(timeout=0.01)), "stopped after 0.015",
+    ),
+    "more lookahead": (
+        one_lane(WORK, WORK, GOOD, concurrency=1, stop=StopConditions(timeout=0.01)),
+        one_lane(WORK, WORK, GOOD, concurrency=1, lookahead=1, stop=StopConditions(timeout=0.01)),
+        "3 tasks of default",
+    ),
+    "another value": (one_lane((OK, BAD)), one_lane((Call(outcome="empty"), BAD)), "0: succeeded"),
+    "another outcome": (one_lane(GOOD), one_lane(FAIL), "answers ok, not TaskError"),
+    "a longer call": (one_lane(GOOD), one_lane(WORK), "took 0.0"),
+    "more inputs": (one_lane(GOOD), one_lane(GOOD, GOOD), "1 inputs of 2 were taken"),
+    "a child that nothing led to": (garden("a", "b", children={"a": "b"}), garden("a", "b"), "nothing led to it"),
+    "a child that was not asked": (garden("a", "b"), garden("a", "b", children={"a": "b"}), "never asked"),
+    "roots in another order": (
+        garden("a", "b", roots=("a", "b")), garden("a", "b", roots=("b", "a")), "in the order of the roots"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFUSIONS)
+def test_the_oracle_tells_one_policy_from_another(name: str) -> None:
+    first, second, words = CONFUSIONS[name]
+    ran = run_simulated(first)
+    check(first, ran, True)
+    check(second, run_simulated(second), True)
+    with pytest.raises(AssertionError, match=words):
+        check(second, ran, True)
