@@ -2,10 +2,12 @@
 
     python benchmarks/collection.py [--speed N] [--days 2026-05-21 ...] [--data FOLDER] [--check RATIO]
 
-Each day is collected over loopback HTTP by the command line, as a user would, N times faster than life. The figures
-are the server's: calls and answers as its log has them, its instants times the speed. `floor` is the least that the
-limits leave for that many calls: calls / rate, or for a source with a window the wait for its last one, if that is
-more. The folder of days is QENGINE_NEWS_DATA or ../shared/data/news.
+Each day is collected over loopback HTTP by the command line, as a user would, N times faster than life. The figures are
+the server's: calls and answers as its log has them, its instants times the speed; but articles are the report's, each
+once. Below each stands what `collect --simulate` foretells of it at the real rates, where first and last are answers,
+from the start of the run. `floor` is the least that the limits leave for that many calls: calls / rate, or for a source
+with a window the wait for its last one, if that is more. The folder of days is QENGINE_NEWS_DATA or
+../shared/data/news.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -61,18 +63,19 @@ class Row:
     def ratio(self) -> float:
         return self.last / self.floor if self.floor else 0.0
 
-    def cells(self, day: str) -> list[str]:
+    def cells(self, day: str, kind: str) -> list[str]:
         return [
-            f"{day} {self.source}", str(self.calls), str(self.refused), str(self.failed), str(self.articles),
+            f"{day} {self.source}", kind, str(self.calls), str(self.refused), str(self.failed), str(self.articles),
             f"{self.first:.1f}", f"{self.last:.1f}", f"{self.floor:.1f}", f"{self.ratio():.2f}" if self.floor else "-",
         ]
 
 
-HEAD = ["day, source", "calls", "refused", "failed", "articles", "first s", "last s", "floor s", "last/floor"]
+REAL, SIMULATED = "real", "simulated"
+HEAD = ["day, source", "", "calls", "refused", "failed", "articles", "first s", "last s", "floor s", "last/floor"]
 
 
-def read_log(lines: Iterable[str], speed: float) -> list[Row]:
-    """One row for each source that the server's log names, the known ones first."""
+def read_log(lines: Iterable[str], speed: float, articles: Mapping[str, int]) -> list[Row]:
+    """One row for each source that the server's log names, the known ones first; `articles` is what each found."""
     entries = [json.loads(line) for line in lines if line.strip()]
     if not entries:
         return []
@@ -88,7 +91,7 @@ def read_log(lines: Iterable[str], speed: float) -> list[Row]:
             calls=len(own),
             refused=sum(entry["status"] in (403, 429) for entry in own),
             failed=sum(entry["status"] not in (200, 403, 429) for entry in own),
-            articles=sum(entry.get("articles") or 0 for entry in own),
+            articles=articles[name],
             first=min(at),
             last=max(at),
             floor=SOURCES[name].floor(len(own)) if name in SOURCES else 0.0,
@@ -110,9 +113,52 @@ def collect(day: Path, speed: float, folder: Path) -> tuple[list[Row], int, floa
     seconds = perf_counter() - begun
     if done.returncode:
         raise SystemExit(f"{day.name}: exit code {done.returncode}\n{done.stderr}")
-    json.loads(report.read_text(encoding="utf-8"))
+    sources = json.loads(report.read_text(encoding="utf-8"))["sources"]
+    found = {name: source["articles"] for name, source in sources.items()}
     with log.open(encoding="utf-8") as lines, out.open(encoding="utf-8") as articles:
-        return read_log(lines, speed), sum(1 for _ in articles), seconds
+        return read_log(lines, speed, found), sum(1 for _ in articles), seconds
+
+
+def simulate(day: Path, folder: Path) -> tuple[list[Row], float]:
+    """Foretells one day at the real rates: the rows, and real seconds."""
+    report = folder / "simulated.json"
+    begun = perf_counter()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "qengine", "collect", "--replay", str(day.resolve()), "--simulate",
+            "--report", str(report), "--quiet",
+        ],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+    )
+    seconds = perf_counter() - begun
+    if done.returncode:
+        raise SystemExit(f"{day.name}, simulated: exit code {done.returncode}\n{done.stderr}")
+    sources = json.loads(report.read_text(encoding="utf-8"))["sources"]
+    rows = [
+        Row(
+            source=name,
+            calls=source["calls"],
+            refused=source["throttled"],
+            failed=source["failures"],
+            articles=source["articles"],
+            first=source["first_at"] or 0.0,
+            last=source["last_at"] or 0.0,
+            floor=SOURCES[name].floor(source["calls"]),
+        )
+        for name, source in sources.items()
+    ]
+    return rows, seconds
+
+
+def side_by_side(day: str, real: list[Row], simulated: list[Row]) -> list[list[str]]:
+    """The cells of a day: for each source what was, and below it what had been foretold."""
+    foretold = {row.source: row for row in simulated}
+    cells = []
+    for row in real:
+        cells.append(row.cells(day, REAL))
+        if row.source in foretold:
+            cells.append(foretold[row.source].cells(day, SIMULATED))
+    return cells
 
 
 def main() -> int:
@@ -140,9 +186,13 @@ def main() -> int:
     for file in files:
         with tempfile.TemporaryDirectory() as folder:
             rows, articles, seconds = collect(file, args.speed, Path(folder))
-        cells += [row.cells(file.stem) for row in rows]
-        notes.append(f"{file.stem}: {articles} articles written, {seconds:.1f} s in all, the start included")
-        worst = max([worst, *(row.ratio() for row in rows)])
+            foretold, moment = simulate(file, Path(folder))
+        cells += side_by_side(file.stem, rows, foretold)
+        notes.append(
+            f"{file.stem}: {articles} articles written, {seconds:.1f} s in all, the start included; "
+            f"{moment:.1f} s to foretell it"
+        )
+        worst = max([worst, *(row.ratio() for row in [*rows, *foretold])])
     print(table(HEAD, cells))
     print()
     print("\n".join(notes))

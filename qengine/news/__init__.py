@@ -24,6 +24,7 @@ from .sources import (
     create_gnews_scheduler,
     create_google_scheduler,
     create_newsdata_scheduler,
+    for_asyncio,
 )
 from .terms import Terms, load_terms
 
@@ -32,6 +33,6 @@ __all__ = [
     "ArticleRef", "NewsQuery", "Period", "QueryGenerator", "Terms", "load_terms",
     "batch_districts", "build_broad_query", "build_category_query",
     "GNewsSource", "GoogleNewsSource", "NewsDataSource",
-    "create_gnews_scheduler", "create_google_scheduler", "create_newsdata_scheduler",
+    "create_gnews_scheduler", "create_google_scheduler", "create_newsdata_scheduler", "for_asyncio",
     "NewsServer",
 ]

@@ -40,6 +40,11 @@ class ArticleRef:
     search_term: str
     found_by: str
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What makes two of them the same: the state and the URL."""
+        return self.state, self.url
+
     def to_line(self) -> str:
         """The article as one line of JSON, newline included."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ Rules:
 - what is wrong is said in one line, and where to read on in the next, without a page of usage before them;
 - exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
   never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after SIGTERM, with everything so far on disk;
+- --simulate asks nobody, needs no key and writes no articles; it exits as the run that it is about would;
 - articles go to a file, everything else to stderr.
 """
 
@@ -30,13 +31,14 @@ from .articles import read_articles
 from .collect import SIGNAL_EXIT_CODES, cancelled_by_signals, collect
 from .dates import ALWAYS, INDIA, Period, parse_duration
 from .demo import DEMO_FAULTS, DEMO_SPEED, demo_articles
+from .forecast import Forecast, Latency
 from .formats import Article
 from .http import check_base_url, is_loopback, may_hold_secret
 from .output import ArticleFile, check_report, check_writable, write_report
 from .progress import Progress
 from .queries import QueryGenerator
 from .regions import StateUT, get_all_regions, get_region_by_name, get_region_by_slug
-from .server import NewsServer
+from .server import Archive, NewsServer
 from .sources import SOURCES, SourceOptions, create_scheduler
 from .summary import Tally, render, silent_sources, summarize
 from .terms import HEAT, Terms, load_terms
@@ -49,12 +51,15 @@ BROKEN, BAD_USAGE, SILENT_SOURCE, DEADLINE = 1, 2, 3, 4
 
 _CALL: Final = "python -m qengine"
 _ANY_KEY: Final = "loopback"  # what a server on loopback is shown where no key is set
+_LATENCY: Final = Latency(0.4, 1.2)
 
 _EPILOG: Final = """\
 sources: google needs no key; newsdata and gnews take theirs from NEWSDATA_API_KEY and GNEWS_API_KEY.
 durations: 30s, 15m, 2h, 7d.
 exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
 never answered; 4 stopped by --deadline; 130 after Ctrl-C, 143 after SIGTERM, with everything so far on disk.
+--simulate needs no key, for it asks nobody; it writes no articles, and exits as the run itself would. Without --replay
+every state is assumed to be active.
 
 try it, without a key or the network:  python -m qengine collect --demo
 """
@@ -103,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_what(command)
     _add_where_to(command)
     _add_from(command)
+    _add_how(command)
     return parser
 
 
@@ -131,21 +137,37 @@ def _add_where_to(command: argparse.ArgumentParser) -> None:
 
 
 def _add_from(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("from where, and how")
+    group = command.add_argument_group("from where")
     add = group.add_argument
     server = group.add_mutually_exclusive_group()
     server.add_argument("--demo", action="store_true", help="from a server of our own, with made-up stories")
     server.add_argument(
         "--replay", type=_type(_recorded), metavar="FILE.jsonl", help="from a server of our own, with recorded articles"
     )
-    add("--timeout", type=_type(parse_duration), default=30.0, metavar="DURATION", help="for a call (default: 30s)")
-    add("--deadline", type=_type(parse_duration), metavar="DURATION", help="for the run; after that it stops")
     add("--base-url", type=_type(_base_url), action="append", default=[], metavar="NAME=URL", help="ask a source there")
     add("--speed", type=_type(_speed), metavar="N", help="limits and pauses N times faster; for loopback servers only")
     add(
         "--server-log", type=_type(_file), metavar="FILE",
         help="every request to the server of --replay or --demo, as JSON lines",
     )
+
+
+def _add_how(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how")
+    add = group.add_argument
+    way = group.add_mutually_exclusive_group()
+    way.add_argument("--threads", action="store_true", help="by threads (the default)")
+    way.add_argument("--asyncio", action="store_true", help="in an event loop")
+    way.add_argument(
+        "--simulate", action="store_true", help="only tell which calls there would be, and when, at the real rates"
+    )
+    add("--timeout", type=_type(parse_duration), default=30.0, metavar="DURATION", help="for a call (default: 30s)")
+    add("--deadline", type=_type(parse_duration), metavar="DURATION", help="for the run; after that it stops")
+    add(
+        "--latency", type=_type(Latency.parse), metavar="A:B",
+        help="seconds that a simulated call takes, from A to B, or one number (default: 0.4:1.2)",
+    )
+    add("--seed", type=_type(_seed), metavar="N", help="draws other latencies for --simulate (default: 0)")
 
 
 def _type(parse: Callable[[str], T]) -> Callable[[str], T]:
@@ -189,6 +211,12 @@ def _speed(text: str) -> float:
     return speed
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"seed must be a whole number >= 0, not {text!r}")
+    return int(text)
+
+
 def _recorded(path: str) -> _Recording:
     articles = read_articles(path, lambda article: get_region_by_name(article["state"]))
     if not articles:
@@ -219,21 +247,79 @@ class _Recording:
     articles: Sequence[Article]
 
 
-class _Collect:
-    """The command, its arguments checked one by one; `run` does what they say."""
+class _Command:
+    """What collecting and simulating share: whom to ask what about what, and how to say what became of it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.tally = Tally()
-        self.token = CancellationToken()
         self.regions: tuple[StateUT, ...] = arguments.states or get_all_regions()
+        self.names: tuple[str, ...] = arguments.sources or tuple(SOURCES)
         self.terms: Terms = arguments.terms or HEAT
+        self.recording: _Recording | None = arguments.replay
+        self._check_terms()
+
+    def plan(self) -> QueryGenerator:
+        """What to ask."""
+        return QueryGenerator(self.terms, self._period())
+
+    def create(self, name: str, key: str | None, base_url: str | None = None, speed: float = 1.0) -> Source:
+        """The source of that name."""
+        options: SourceOptions = {
+            "base_url": base_url,
+            "timeout": self.arguments.timeout,
+            "speed": speed,
+            "on_failure": self.tally.failed,
+        }
+        return create_scheduler(name, key, **options)
+
+    def check_files(self, *others: str | Path | None) -> None:
+        """Refuse a report that cannot be written, or is one of the others, and any of these that is named twice."""
+        replayed = None if self.recording is None else self.recording.path
+        named = [self.arguments.report, replayed, *others]
+        paths = [Path(path).resolve() for path in named if path is not None]
+        if len(set(paths)) < len(paths):
+            raise ValueError("--out, --report, --server-log and --replay must be different files")
+        if self.arguments.report is not None:
+            check_report(self.arguments.report)
+
+    def conclude(
+        self, report: CollectionReport[Any], out: Path | None, simulated: Mapping[str, Any] | None = None
+    ) -> int:
+        """Show the table, write the report, return the exit code."""
+        code = _exit_code(report)
+        summary = summarize(report, self.tally, code, simulated)
+        if not self.arguments.quiet:
+            written = "" if out is None else f"\nwritten to       {out}"
+            _say(f"{render(summary)}{written}", prefix="")
+        if self.arguments.report is not None:
+            write_report(self.arguments.report, summary)
+        return code
+
+    def _check_terms(self) -> None:
+        needed = {language for region in self.regions for language in region.query_languages}
+        if missing := sorted(needed - self.terms.languages):
+            raise ValueError(f"the terms have none for {', '.join(missing)}, in which these states are asked")
+
+    def _period(self) -> Period:
+        if self.arguments.since is not None:
+            return Period.since(self.arguments.since, datetime.now(UTC))
+        return self.arguments.date_range or ALWAYS
+
+
+class _Collect(_Command):
+    """The command, its arguments checked one by one; `run` does what they say."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        if simulating := _given(arguments, "latency", "seed"):
+            raise ValueError(f"{', '.join(simulating)} without --simulate: real calls take the time they take")
+        self.token = CancellationToken()
         self.urls: Mapping[str, str] = dict(arguments.base_url)
-        self.has_server: bool = arguments.demo or arguments.replay is not None
-        self.keys = self._keys(arguments.sources or tuple(SOURCES))
+        self.has_server: bool = arguments.demo or self.recording is not None
+        self.keys = self._keys()
         self.speed = self._checked_speed()
         self.out = self._out_path()
-        self._check_terms()
         self._check_files()
 
     def run(self) -> int:
@@ -246,21 +332,22 @@ class _Collect:
             progress = self._progress(sources, stack)
             report = collect(
                 sources,
-                QueryGenerator(self.terms, self._period()),
+                self.plan(),
                 self.regions,
                 out,
                 tally=self.tally,
+                under_asyncio=self.arguments.asyncio,
                 deadline=self.arguments.deadline,
                 cancel=self.token,
                 on_progress=None if progress is None else progress.result,
                 on_event=None if progress is None else progress.event,
             )
-            return self._conclude(report)
+            return self.conclude(report, self.out)
 
-    def _keys(self, names: Sequence[str]) -> Mapping[str, str | None]:
+    def _keys(self) -> Mapping[str, str | None]:
         """The sources to be asked, with their keys; one whose key is missing is left out."""
         keys: dict[str, str | None] = {}
-        for name in names:
+        for name in self.names:
             variable = SOURCES[name].key_variable
             key = variable and (os.environ.get(variable, "").strip() or (_ANY_KEY if self._is_local(name) else ""))
             if key == "":
@@ -291,65 +378,74 @@ class _Collect:
             return Path("articles.jsonl")
         return Path(tempfile.mkdtemp(prefix="qengine-demo-")) / "articles.jsonl"
 
-    def _check_terms(self) -> None:
-        needed = {language for region in self.regions for language in region.query_languages}
-        if missing := sorted(needed - self.terms.languages):
-            raise ValueError(f"the terms have none for {', '.join(missing)}, in which these states are asked")
-
     def _check_files(self) -> None:
-        arguments = self.arguments
-        if arguments.server_log is not None and not self.has_server:
+        log = self.arguments.server_log
+        if log is not None and not self.has_server:
             raise ValueError("--server-log is for the server of --replay or --demo")
-        named = [self.out, arguments.report, arguments.server_log, arguments.replay and arguments.replay.path]
-        paths = [Path(path).resolve() for path in named if path is not None]
-        if len(set(paths)) < len(paths):
-            raise ValueError("--out, --report, --server-log and --replay must be different files")
-        if arguments.report is not None:
-            check_report(arguments.report)
-        if arguments.server_log is not None:
-            check_writable(arguments.server_log)
+        self.check_files(self.out, log)
+        if log is not None:
+            check_writable(log)
 
     def _start_server(self, stack: ExitStack) -> NewsServer | None:
-        arguments = self.arguments
         if not self.has_server:
             return None
-        articles = demo_articles(datetime.now(INDIA).date()) if arguments.demo else arguments.replay.articles
-        faults = DEMO_FAULTS if arguments.demo else {}
-        log = arguments.server_log and stack.enter_context(_open_log(arguments.server_log))
+        articles: Iterable[Article] = (
+            demo_articles(datetime.now(INDIA).date()) if self.recording is None else self.recording.articles
+        )
+        faults = DEMO_FAULTS if self.arguments.demo else {}
+        log = self.arguments.server_log and stack.enter_context(_open_log(self.arguments.server_log))
         return stack.enter_context(NewsServer(articles, speed=self.speed, log=log, faults=faults))
 
     def _create(self, name: str, server: NewsServer | None) -> Source:
-        options: SourceOptions = {
-            "base_url": self.urls.get(name) or (server.url(name) if server is not None else None),
-            "timeout": self.arguments.timeout,
-            "speed": self.speed,
-            "on_failure": self.tally.failed,
-        }
-        return create_scheduler(name, self.keys[name], **options)
-
-    def _period(self) -> Period:
-        if self.arguments.since is not None:
-            return Period.since(self.arguments.since, datetime.now(UTC))
-        return self.arguments.date_range or ALWAYS
+        url = self.urls.get(name) or (server.url(name) if server is not None else None)
+        return self.create(name, self.keys[name], url, self.speed)
 
     def _progress(self, sources: Sequence[Source], stack: ExitStack) -> Progress | None:
         if self.arguments.quiet:
             return None
         return stack.enter_context(Progress(self.tally, sources, _say, is_terminal=sys.stderr.isatty()))
 
-    def _conclude(self, report: CollectionReport[Any]) -> int:
-        code = _exit_code(report)
-        summary = summarize(report, self.tally, code)
-        if not self.arguments.quiet:
-            _say(f"{render(summary)}\nwritten to       {self.out}", prefix="")
-        if self.arguments.report is not None:
-            write_report(self.arguments.report, summary)
-        return code
+
+class _Simulate(_Command):
+    """The forecast of a command, without what has no meaning where nobody is asked."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        if refused := _given(arguments, "demo", "base_url", "speed", "server_log", "out", "append"):
+            raise ValueError(
+                f"--simulate with {', '.join(refused)}: it asks nobody, goes by the real rates and writes no articles"
+            )
+        self.check_files()
+
+    def run(self) -> int:
+        """Simulate; return the exit code that the run would have."""
+        latency: Latency = self.arguments.latency or _LATENCY
+        seed: int = self.arguments.seed or 0
+        recording = self.recording
+        report = Forecast(latency, seed, None if recording is None else Archive(recording.articles)).run(
+            [self.create(name, _ANY_KEY) for name in self.names],
+            self.plan(),
+            self.regions,
+            tally=self.tally,
+            deadline=self.arguments.deadline,
+        )
+        return self.conclude(report, None, {
+            "latency": [latency.shortest, latency.longest],
+            "seed": seed,
+            "answers": None if recording is None else recording.path.name,
+        })
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """Those of these options that the command has."""
+    values = {name: getattr(arguments, name) for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False and value != []]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _collect(arguments: argparse.Namespace) -> int:
     try:
-        return _Collect(arguments).run()
+        return (_Simulate if arguments.simulate else _Collect)(arguments).run()
     except ValueError as error:
         _say(f"error: {error}")
         return BAD_USAGE

@@ -31,7 +31,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ..errors import RateLimitError, TaskError, TaskTimeoutError, TransientError
 
-__all__ = ["MAX_BODY", "check_base_url", "get", "is_loopback", "may_hold_secret"]
+__all__ = ["MAX_BODY", "check_base_url", "get", "is_loopback", "may_hold_secret", "timed_out"]
 
 MAX_BODY: Final = 10 * 2**20
 _MAX_HEAD: Final = 2**18
@@ -63,9 +63,9 @@ def get(name: str, base_url: str, parameters: Mapping[str, str], *, timeout: flo
         raise
     except urllib.error.URLError as error:
         reason = error.reason
-        failure = _timed_out(name) if isinstance(reason, TimeoutError) else _unreachable(name, reason)
+        failure = timed_out(name) if isinstance(reason, TimeoutError) else _unreachable(name, reason)
     except TimeoutError:
-        failure = _timed_out(name)
+        failure = timed_out(name)
     except OSError as error:
         failure = _unreachable(name, error)
     except http.client.IncompleteRead:
@@ -147,7 +147,7 @@ def _seconds(retry_after: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _timed_out(name: str) -> TaskTimeoutError:
+def timed_out(name: str) -> TaskTimeoutError:
     return TaskTimeoutError(f"{name} gave no whole answer in time")
 
 
@@ -217,10 +217,15 @@ class _Http(urllib.request.HTTPHandler):
         return self.do_open(self._connect, req)
 
 
-class _Https(urllib.request.HTTPSHandler):
+class _Https(urllib.request.AbstractHTTPHandler):
+    """As urllib's own, which would load the certificates also where it is only asked for http."""
+
     def __init__(self, name: str, deadline: float) -> None:
-        super().__init__(context=_tls())
+        super().__init__()
         self._connect = partial(_connection, http.client.HTTPSConnection, name, deadline)
+
+    def https_request(self, req: urllib.request.Request) -> urllib.request.Request:
+        return self.do_request_(req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(self._connect, req, context=_tls())

@@ -59,13 +59,12 @@ class ArticleFile:
 
     def add(self, article: ArticleRef) -> bool:
         """Write the article, unless its URL is there for its state; return whether it was new."""
-        identity = article.state, article.url
-        if identity in self._seen:
+        if article.identity in self._seen:
             return False
         line = article.to_line().encode("utf-8", "replace")  # a lone surrogate from a source must not end the run
         while line:
             line = line[os.write(self._file, line) :]
-        self._seen.add(identity)
+        self._seen.add(article.identity)
         return True
 
 

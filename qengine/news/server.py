@@ -34,7 +34,7 @@ from ..errors import require_positive
 from .formats import FORMATS, Article, Format
 from .regions import StateUT, get_all_regions
 
-__all__ = ["TOLERANCE", "Fault", "FaultKind", "NewsServer", "PublishedLimits"]
+__all__ = ["TOLERANCE", "Archive", "Fault", "FaultKind", "NewsServer", "PublishedLimits"]
 
 TOLERANCE: Final = 0.050
 
@@ -144,6 +144,29 @@ class Turnstile:
                 self.arrivals.popleft()
 
 
+class Archive:
+    """Articles, and which of them answer a query: what a server serves from, and what a prediction goes by. Immutable.
+
+    Args:
+        articles: What there is to find: objects like the lines of a recorded day.
+    """
+
+    def __init__(self, articles: Iterable[Article]) -> None:
+        self._index: dict[tuple[str, str | None, str], list[Article]] = defaultdict(list)
+        for article in articles:
+            self._index[article["state"], article.get("district"), article.get("language", "en")].append(article)
+
+    def find(self, query: str, language: str) -> list[Article]:
+        """The articles for a query in a language, by the rule at the top of this module."""
+        state = _closing_state(_DATE_OPERATORS.sub("", query))
+        if state is None:
+            return []
+        names = {district.name for district in state.districts}
+        districts = dict.fromkeys(phrase for phrase in _QUOTED.findall(query) if phrase in names)
+        keys = list(districts) if districts else [None]
+        return [article for key in keys for article in self._index.get((state.name, key, language), ())]
+
+
 class NewsServer:
     """A server for the three sources on 127.0.0.1, serving from the moment it is made until `close()`.
 
@@ -234,23 +257,13 @@ class _Desk:
     ) -> None:
         self.closing = threading.Event()
         self.faults = faults
-        self._index = _index(articles)
+        self.archive = Archive(articles)
         self._speed, self._log = speed, log
         self._turnstiles = {name: Turnstile(limits, speed) for name, limits in _LIMITS.items()}
         self._first_at: dict[str, float] = {}
         self._admitted: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._lock = threading.Lock()
         self._epoch = time.time() - time.monotonic()  # stamps look like clock time and never jump
-
-    def find(self, query: str, language: str) -> list[Article]:
-        """The articles for a query, by the rule at the top of this module."""
-        state = _closing_state(_DATE_OPERATORS.sub("", query))
-        if state is None:
-            return []
-        names = {district.name for district in state.districts}
-        districts = dict.fromkeys(phrase for phrase in _QUOTED.findall(query) if phrase in names)
-        keys = list(districts) if districts else [None]
-        return [article for key in keys for article in self._index.get((state.name, key, language), ())]
 
     def admit(self, source: str, query: str, language: str, found: int) -> tuple[_Verdict, _Request]:
         """Pass a request through its source's turnstile and write it into the log, both at the same instant."""
@@ -297,13 +310,6 @@ class _Desk:
         }
         self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._log.flush()
-
-
-def _index(articles: Iterable[Article]) -> Mapping[tuple[str, str | None, str], list[Article]]:
-    index: dict[tuple[str, str | None, str], list[Article]] = defaultdict(list)
-    for article in articles:
-        index[article["state"], article.get("district"), article.get("language", "en")].append(article)
-    return index
 
 
 def _closing_state(text: str) -> StateUT | None:
@@ -372,7 +378,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, form: Format, query: str, language: str) -> None:
         desk = self.server.desk
-        found = desk.find(query, language)
+        found = desk.archive.find(query, language)
         verdict, request = desk.admit(form.source, query, language, len(found))
         if latency := desk.latency(form.source):
             desk.closing.wait(latency)

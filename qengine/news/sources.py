@@ -19,10 +19,12 @@ import os
 import xml.etree.ElementTree as ET
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Final, NoReturn, TypedDict, Unpack
+from typing import Any, ClassVar, Final, NoReturn, TypedDict, Unpack, cast
 
+from ..drivers.handover import in_thread
 from ..errors import RateLimitError, TaskError, TransientError, require_positive
 from ..model import Query
 from ..policy import BreakerPolicy, Limit, RateLimit, RetryPolicy, Window
@@ -44,6 +46,7 @@ __all__ = [
     "create_google_scheduler",
     "create_newsdata_scheduler",
     "create_scheduler",
+    "for_asyncio",
 ]
 
 ALL_LANGUAGES: Final = HEAT.languages
@@ -107,12 +110,16 @@ class NewsSource(ABC):
         """Ask, and return the articles of the period that was asked for; see `http.get` for what it raises."""
         asked: NewsQuery = query.payload
         try:
-            found = self._parse(self._get(asked))
-            return [self._article(item, asked) for item in found if item.url and item.stamp in asked.period]
+            return self.read(self._get(asked), asked)
         except Exception as error:
             if self._on_failure is not None:
                 self._on_failure(self.name, error)
             raise
+
+    def read(self, body: bytes, asked: NewsQuery) -> list[ArticleRef]:
+        """The articles in the body of an answer, of the period that was asked for."""
+        found = self._parse(body)
+        return [self._article(item, asked) for item in found if item.url and item.stamp in asked.period]
 
     def _get(self, asked: NewsQuery) -> bytes:
         try:
@@ -271,6 +278,16 @@ def create_scheduler(
     if name == "google":
         return create_google_scheduler(**options)
     return {"newsdata": create_newsdata_scheduler, "gnews": create_gnews_scheduler}[name](api_key, **options)
+
+
+def for_asyncio(source: Source) -> Source:
+    """The same source for an AsyncQueryExecutor: its calls are made in threads of the engine.
+
+    The two share what they have used of their limits, and their breaker.
+    """
+    twin = copy(source)
+    twin.fetch = cast(Any, in_thread(source.fetch))  # Source takes both kinds of function, its annotation only one
+    return twin
 
 
 def _scheduled(

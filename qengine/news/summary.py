@@ -1,4 +1,4 @@
-"""What became of a collection: counted while it runs, then shown as a table and written as JSON.
+"""What became of a collection, or would: counted while it runs, then shown as a table and written as JSON.
 
 The table and the file say the same; `summarize` makes the one mapping that both are made from.
 """
@@ -50,7 +50,7 @@ class Tally:
 
     def article(self, article: ArticleRef, is_new: bool) -> None:
         """Count an article that a source brought."""
-        self.found.setdefault(article.found_by, set()).add((article.state, article.url))
+        self.found.setdefault(article.found_by, set()).add(article.identity)
         with self._lock:
             self.new[article.found_by] += is_new
 
@@ -91,19 +91,29 @@ def silent_sources(report: CollectionReport[Any]) -> list[str]:
     return [name for name, source in report.by_source.items() if source.calls and not source.success_count]
 
 
-def summarize(report: CollectionReport[Any], tally: Tally, exit_code: int) -> dict[str, Any]:
-    """Everything the table shows, and what it has no room for."""
+def summarize(
+    report: CollectionReport[Any], tally: Tally, exit_code: int, simulated: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything the table shows, and what it has no room for.
+
+    Args:
+        report, tally, exit_code: What became of the run.
+        simulated: What a forecast took for granted: its `latency` (shortest and longest), its `seed`, and the name of
+            the file of its `answers`, None where every query found something; None for a real run.
+    """
+    knows_articles = simulated is None or simulated["answers"] is not None
     active = [node.slug for node in report.active_nodes if isinstance(node, StateUT)]
     return {
-        "sources": {name: _source(report, tally, name) for name in report.by_source},
+        "sources": {name: _source(report, tally, name, knows_articles) for name in report.by_source},
         "active_states": active,
         "states_active": len(active),
         "districts_asked": len(tally.districts),
-        "articles": tally.articles,
+        "articles": tally.articles if knows_articles else None,
         "stop_reason": report.stop_reason,
         "exit_code": exit_code,
         "silent_sources": silent_sources(report),
-        "started_at": datetime.fromtimestamp(report.started_at, INDIA).isoformat(timespec="seconds"),
+        "simulated": simulated,
+        "started_at": _stamp(report.started_at) if simulated is None else None,
         "seconds": round(report.makespan, 3),
         "failed_calls": [
             {"source": source, "error": error, "calls": count} for source, error, count in tally.failed_calls()
@@ -117,7 +127,8 @@ def render(summary: Mapping[str, Any]) -> str:
     rows = [_COLUMNS, *(_row(name, source) for name, source in summary["sources"].items())]
     lines = [*_aligned(rows), ""]
     lines += [f"states active    {summary['states_active']}", f"districts asked  {summary['districts_asked']}"]
-    lines += [f"articles         {summary['articles']}", f"stopped          {summary['stop_reason'] or 'at its end'}"]
+    lines += [f"articles         {_count(summary['articles'])}", f"makespan         {_seconds(summary['seconds'])}"]
+    lines += [f"stopped          {summary['stop_reason'] or 'at its end'}"]
     lines += _shortened([
         f"failed calls     {call['calls']} x {call['error']}" for call in summary["failed_calls"]
     ])
@@ -125,15 +136,17 @@ def render(summary: Mapping[str, Any]) -> str:
         f"lost             {lost['source']}, {lost['status']}: {lost['query']}" for lost in summary["lost_queries"]
     ])
     lines += [f"never answered   {name}" for name in summary["silent_sources"]]
+    if summary["simulated"] is not None:
+        lines += [f"simulated        {_assumed(summary['simulated'])}"]
     return "\n".join(lines)
 
 
-def _source(report: CollectionReport[Any], tally: Tally, name: str) -> dict[str, Any]:
+def _source(report: CollectionReport[Any], tally: Tally, name: str, knows_articles: bool) -> dict[str, Any]:
     source = report.by_source[name]
     return {
         "calls": source.calls,
-        "articles": len(tally.found.get(name, ())),
-        "new": tally.new[name],
+        "articles": len(tally.found.get(name, ())) if knows_articles else None,
+        "new": tally.new[name] if knows_articles else None,
         "successes": source.success_count,
         "skipped": dict(source.skipped),
         "failures": source.failure_count,
@@ -152,9 +165,18 @@ def _row(name: str, source: Mapping[str, Any]) -> Sequence[str]:
     if source["cancelled"]:
         skipped = ", ".join(filter(None, (skipped, f"{source['cancelled']} cancelled")))
     budget = "-" if source["budget_left"] is None else f"{source['budget_left']:g}"
-    counts = (str(source[column]) for column in ("calls", "articles", "new"))
+    counts = (_count(source[column]) for column in ("calls", "articles", "new"))
     answers = (_seconds(source["first_at"]), _seconds(source["last_at"]))
     return (name, *counts, skipped or "-", str(source["failures"]), str(source["retries"]), budget, *answers)
+
+
+def _assumed(simulated: Mapping[str, Any]) -> str:
+    """What a forecast took for granted, in words."""
+    shortest, longest = simulated["latency"]
+    answers = simulated["answers"]
+    found = "every state assumed to be active" if answers is None else f"answers as in {answers}"
+    seconds = f"{shortest:g}" if shortest == longest else f"{shortest:g} to {longest:g}"
+    return f"calls take {seconds} s (seed {simulated['seed']}); {found}; nobody was asked"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
@@ -171,6 +193,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
 def _shortened(lines: list[str]) -> list[str]:
     rest = len(lines) - _MOST_LINES
     return lines if rest <= 0 else [*lines[:_MOST_LINES], f"                 and {rest} more like these"]
+
+
+def _stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, INDIA).isoformat(timespec="seconds")
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _rounded(seconds: float | None) -> float | None:

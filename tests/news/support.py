@@ -42,6 +42,9 @@ def article(url: str = "http://a/1", state: str = "Bihar", found_by: str = "goog
     return ArticleRef("A title", url, "The Paper", None, "en", state, None, "heat Bihar", found_by)
 
 
+#: The two ways to collect, by the option that asks for each.
+WORLDS = ("--threads", "--asyncio")
+
 #: What a collection from the stories of Bihar, Delhi and Goa must bring.
 FOUND = {
     ("Bihar", "http://a/bihar-en"),

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from news.support import FOUND, ROOT, Story, article, environment, lines_of, pairs, run_cli
+from news.support import FOUND, ROOT, WORLDS, Story, article, environment, lines_of, pairs, run_cli
 
 from qengine.news import NewsServer
 from qengine.news.cli import main
@@ -59,6 +59,33 @@ QUICK = ("--states", "bihar,delhi,goa", "--speed", 2000)
     (["--replay", "{day}", "--out", "{day}", "--append"], "must be different files"),
     (["--replay", "{day}", "--out", "{bad}", "--append"], "bad.jsonl, line 2: not JSON"),
     (["--demo", "--terms", "{terms}"], "the terms have none for as, bn, gu,"),
+    (["--threads", "--asyncio"], "argument --asyncio: not allowed with argument --threads"),
+    (["--simulate", "--asyncio"], "argument --asyncio: not allowed with argument --simulate"),
+    (["--simulate", "--threads"], "argument --threads: not allowed with argument --simulate"),
+    (["--simulate", "--demo"], "--simulate with --demo: it asks nobody, goes by the real rates and writes no articles"),
+    (["--simulate", "--out", "{tmp}/a", "--append"], "--simulate with --out, --append: it asks nobody"),
+    (["--simulate", "--speed", "2"], "--simulate with --speed: "),
+    (["--simulate", "--base-url", "google=http://127.0.0.1/"], "--simulate with --base-url: "),
+    (["--simulate", "--replay", "{day}", "--server-log", "{tmp}/log"], "--simulate with --server-log: "),
+    (["--simulate", "--replay", "{day}", "--report", "{day}"], "must be different files"),
+    (["--simulate", "--replay", "{bad}"], "bad.jsonl, line 2: not JSON"),
+    (["--simulate", "--report", "{tmp}/none/a"], "cannot write"),
+    (["--simulate", "--terms", "{terms}"], "the terms have none for as, bn, gu,"),
+    (["--simulate", "--latency", "-1"], "argument --latency: latency must be seconds like 0.4:1.2 or 0.8, finite"),
+    (["--simulate", "--latency=-1:2"], "not '-1:2'"),
+    (["--simulate", "--latency", "2:1"], "latency must begin with the shorter time, not '2:1'"),
+    (["--simulate", "--latency", "nan"], "finite and not negative, not 'nan'"),
+    (["--simulate", "--latency", "0.4:inf"], "finite and not negative, not '0.4:inf'"),
+    (["--simulate", "--latency", "9" * 400], "finite and not negative"),
+    (["--simulate", "--latency", "soon"], "finite and not negative, not 'soon'"),
+    (["--simulate", "--latency", ":1"], "finite and not negative, not ':1'"),
+    (["--simulate", "--latency", "1:2:3"], "finite and not negative, not '1:2:3'"),
+    (["--simulate", "--latency", ""], "finite and not negative, not ''"),
+    (["--simulate", "--seed", "-1"], "argument --seed: seed must be a whole number >= 0, not '-1'"),
+    (["--simulate", "--seed", "1.5"], "seed must be a whole number >= 0, not '1.5'"),
+    (["--demo", "--latency", "1"], "--latency without --simulate"),
+    (["--demo", "--seed", "0"], "--seed without --simulate"),
+    (["--replay", "{day}", "--asyncio", "--latency", "1", "--seed", "1"], "--latency, --seed without --simulate"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
 ])
 def test_bad_usage_is_refused_before_anything_starts(
@@ -110,7 +137,9 @@ def test_the_help_names_every_exit_code_and_keeps_what_excludes_another_in_its_g
         assert code in shown
     groups = {block.splitlines()[0]: block for block in shown.split("\n\n")}
     assert "--since" in groups["what to collect:"] and "--date-range" in groups["what to collect:"]
-    assert "--demo" in groups["from where, and how:"] and "--replay" in groups["from where, and how:"]
+    assert "--demo" in groups["from where:"] and "--replay" in groups["from where:"]
+    assert all(option in groups["how:"] for option in ("--threads", "--asyncio", "--simulate", "--latency", "--seed"))
+    assert "needs no key" in shown and "every state is assumed to be active" in " ".join(shown.split())
     assert "--" not in groups["options:"].replace("--help", "")
 
 
@@ -135,12 +164,13 @@ def test_names_may_be_written_in_capitals(replayed: Path, tmp_path: Path, serve:
     assert pairs(tmp_path / "out.jsonl") == FOUND
 
 
-def test_a_source_that_cannot_be_reached_is_named_while_it_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_source_that_cannot_be_reached_is_named_while_it_runs(world: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed = listener.getsockname()[1]
     done = run_cli(
         "--states", "bihar,delhi,goa", "--sources", "google", "--base-url", f"google=http://127.0.0.1:{closed}/x",
-        "--out", tmp_path / "out.jsonl", "--speed", 1000,
+        "--out", tmp_path / "out.jsonl", "--speed", 1000, world,
     )
     assert done.returncode == 3
     said = [line for line in done.stderr.splitlines() if line.startswith("qengine collect: ")]
@@ -171,9 +201,10 @@ def test_without_a_command_it_shows_the_help_and_exits_with_2() -> None:
     assert "collect" in done.stderr and done.stdout == ""
 
 
-def test_a_replay_brings_everything_there_is_to_find(replayed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_replay_brings_everything_there_is_to_find(world: str, replayed: Path, tmp_path: Path) -> None:
     out, report, log = tmp_path / "out.jsonl", tmp_path / "run.json", tmp_path / "server.jsonl"
-    done = run_cli("--replay", replayed, *QUICK, "--out", out, "--report", report, "--server-log", log)
+    done = run_cli("--replay", replayed, *QUICK, world, "--out", out, "--report", report, "--server-log", log)
     assert done.returncode == 0, done.stderr
     assert pairs(out) == FOUND
     summary = json.loads(report.read_text(encoding="utf-8"))
@@ -184,15 +215,30 @@ def test_a_replay_brings_everything_there_is_to_find(replayed: Path, tmp_path: P
     assert [line.split()[0] for line in done.stderr.splitlines()[:4]] == ["source", "google", "newsdata", "gnews"]
 
 
-def test_quiet_says_nothing(replayed: Path, tmp_path: Path) -> None:
-    done = run_cli("--replay", replayed, *QUICK, "--out", tmp_path / "out.jsonl", "--quiet")
+@pytest.mark.parametrize(("world", "loads"), [("--threads", False), ("--asyncio", True), (None, False)])
+def test_only_asyncio_takes_asyncio(world: str | None, loads: bool, replayed: Path, tmp_path: Path) -> None:
+    arguments = map(str, (*filter(None, [world]), "--replay", replayed, *QUICK, "--out", tmp_path / "out.jsonl"))
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qengine", "collect", *arguments],
+        cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert loaded >= {"qengine.news.cli"}
+    assert ({"asyncio", "qengine.aio"} <= loaded) is loads is bool({"asyncio", "qengine.aio"} & loaded)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_quiet_says_nothing(world: str, replayed: Path, tmp_path: Path) -> None:
+    done = run_cli("--replay", replayed, *QUICK, world, "--out", tmp_path / "out.jsonl", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_append_writes_only_what_is_new(replayed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_append_writes_only_what_is_new(world: str, replayed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(article("http://a/bihar-en").to_line() + '{"title": "torn', encoding="utf-8")
-    done = run_cli("--replay", replayed, *QUICK, "--out", out, "--append", "--quiet")
+    done = run_cli("--replay", replayed, *QUICK, world, "--out", out, "--append", "--quiet")
     assert done.returncode == 0, done.stderr
     assert pairs(out) == FOUND
     assert lines_of(out)[0]["title"] == "A title"
@@ -225,11 +271,12 @@ def test_a_source_without_its_key_is_left_out_and_named(stories: list[Story], tm
     assert "gnews is left out: GNEWS_API_KEY is not set" in done.stderr
 
 
-def test_keys_are_shown_nowhere(stories: list[Story], tmp_path: Path, serve: Serve) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_keys_are_shown_nowhere(world: str, stories: list[Story], tmp_path: Path, serve: Serve) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed = listener.getsockname()[1]
     done = run_cli(
-        "--states", "bihar", "--sources", "newsdata,gnews", "--base-url", f"newsdata=http://127.0.0.1:{closed}/x",
+        world, "--states", "bihar", "--sources", "newsdata,gnews", "--base-url", f"newsdata=http://127.0.0.1:{closed}/x",
         "--base-url", f"gnews={serve(stories, speed=2000).url('gnews')}", "--out", tmp_path / "out.jsonl",
         "--report", tmp_path / "run.json", "--speed", 2000, NEWSDATA_API_KEY="s3cr3t", GNEWS_API_KEY="s3cr3t",
     )
@@ -239,9 +286,10 @@ def test_keys_are_shown_nowhere(stories: list[Story], tmp_path: Path, serve: Ser
     assert "s3cr3t" not in everything
 
 
-def test_the_deadline_stops_it_with_4_and_keeps_what_was_found(replayed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_deadline_stops_it_with_4_and_keeps_what_was_found(world: str, replayed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    done = run_cli("--replay", replayed, "--states", "bihar", "--deadline", "2s", "--out", out, timeout=10)
+    done = run_cli("--replay", replayed, "--states", "bihar", "--deadline", "1s", world, "--out", out, timeout=10)
     assert done.returncode == 4, done.stderr
     assert "stopped          timeout" in done.stderr
     assert pairs(out) <= FOUND and pairs(out)

@@ -14,6 +14,7 @@ from time import monotonic, sleep
 import pytest
 
 from qengine import RateLimitError, TaskError, TaskTimeoutError, TransientError
+from qengine.news import http as news_http
 from qengine.news.http import MAX_BODY, check_base_url, get, is_loopback
 
 SECRET = "s3cr3t"
@@ -108,6 +109,17 @@ def test_what_a_retry_may_mend_is_transient(script: Script, message: str) -> Non
     assert type(error) is TransientError
     with pytest.raises(TransientError, match=message):
         raise error
+
+
+def test_only_who_speaks_https_waits_for_the_certificates() -> None:
+    news_http._tls.cache_clear()
+    with scripted(says("HTTP/1.1 200 OK\nContent-Length: 2", b"ok")) as url:
+        assert fetch(url) == b"ok"
+    assert news_http._tls.cache_info().currsize == 0
+    with scripted(says("HTTP/1.1 200 OK\nContent-Length: 2", b"ok")) as url:
+        with pytest.raises(TransientError, match="them cannot be reached: "):
+            fetch(url.replace("http://", "https://"))      # what listens there speaks no TLS
+    assert news_http._tls.cache_info().currsize == 1
 
 
 def test_nobody_listening_is_transient() -> None:

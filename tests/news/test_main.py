@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from news.support import ROOT, Story, environment, pairs
+from news.support import ROOT, WORLDS, Story, environment, pairs
 
 from qengine.news import NewsServer, cli
 from qengine.news.server import Fault, FaultKind
@@ -52,15 +52,16 @@ def test_ctrl_c_while_the_arguments_are_read_is_130(monkeypatch: pytest.MonkeyPa
     assert cli.main(["collect", "--demo"]) == 130
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("hangs", [True, False])
 def test_calls_that_hang_do_not_see_the_interpreter_end(
-    hangs: bool, stories: list[Story], tmp_path: Path, serve: Serve
+    hangs: bool, world: str, stories: list[Story], tmp_path: Path, serve: Serve
 ) -> None:
     faults = {"newsdata": Fault(FaultKind.HANG)} if hangs else {}
     server = serve(stories, speed=1000, faults=faults)
     urls = [f"--base-url={name}={server.url(name)}" for name in ("google", "newsdata")]
     done = run(
-        "none", 0, "collect", *urls, "--sources", "google,newsdata", "--states", "bihar", "--speed", 1000,
+        "none", 0, "collect", world, *urls, "--sources", "google,newsdata", "--states", "bihar", "--speed", 1000,
         "--out", tmp_path / "out.jsonl", "--deadline", "1s" if hangs else "30s",
     )
     assert done.returncode == (4 if hangs else 0), done.stderr

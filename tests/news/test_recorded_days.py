@@ -1,17 +1,25 @@
-"""Recorded days, collected over HTTP and held against what the file alone says must be found."""
+"""Recorded days, collected over HTTP in both worlds and held against what the file alone says must be found.
+
+Each day is simulated, too, and what was foretold must come true.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from news.support import lines_of, pairs, run_cli
+from news.support import ROOT, WORLDS, command, environment, lines_of, pairs, run_cli
 
 SPEED = 400
+QUIET = 0.3         # seconds without a request after which a run only waits for newsdata's next window
 TOLERANCE = 0.050
 WINDOW, IN_WINDOW = 900 / SPEED, 30
 RATES = {"google": 1.5 * SPEED, "newsdata": 10 * SPEED, "gnews": 1.0 * SPEED}
@@ -39,6 +47,8 @@ class Run:
     expected: set[tuple[str, str]]
     found: set[tuple[str, str]]
     log: Lines
+    report: dict[str, Any]
+    foretold: dict[str, Any]
     districts: dict[str, set[str]]
 
     def of(self, source: str) -> Lines:
@@ -51,17 +61,77 @@ class Run:
         return self.districts[self.state(line)].intersection(re.findall(r'"([^"]*)"', line["query"]))
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids=["first day", "second day", "third day"])
-def run(request: pytest.FixtureRequest, news_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    days = sorted(news_data.glob("????-??-??.jsonl"))
-    if request.param >= len(days):
-        pytest.skip(f"only {len(days)} recorded days are there")
-    folder, day, regions = tmp_path_factory.mktemp("day"), days[request.param], news_data / "regions.json"
-    out, log = folder / "out.jsonl", folder / "server.jsonl"
-    done = run_cli("--replay", day, "--speed", SPEED, "--out", out, "--server-log", log, timeout=60)
+@dataclass
+class Begun:
+    """A whole day that is being collected."""
+
+    day: Path
+    folder: Path
+    process: subprocess.Popen[str]
+
+    def wait_until_quiet(self) -> None:
+        """Wait until it does so little that the next one may begin."""
+        log, until = self.folder / "server.jsonl", time.monotonic() + 30
+        while not log.exists() or time.time() - log.stat().st_mtime < QUIET:
+            assert time.monotonic() < until and self.process.poll() in (None, 0), "the run does not become quiet"
+            time.sleep(0.01)
+
+
+@contextmanager
+def begun(day: Path, world: str, folder: Path) -> Iterator[Begun]:
+    files = ("--out", folder / "out.jsonl", "--server-log", folder / "server.jsonl", "--report", folder / "run.json")
+    with subprocess.Popen(
+        command("--replay", day, "--speed", SPEED, world, *files), cwd=ROOT, env=environment(),
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    ) as process:
+        try:
+            yield Begun(day, folder, process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def all_begun(news_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, str], Begun]]:
+    """Every day in both worlds: while one waits for newsdata's next window, which is nearly always, others go on."""
+    with ExitStack() as stack:
+        runs: dict[tuple[int, str], Begun] = {}
+        for index, day in enumerate(sorted(news_data.glob("????-??-??.jsonl"))):
+            for world in WORLDS:
+                run = runs[index, world] = stack.enter_context(begun(day, world, tmp_path_factory.mktemp("day")))
+                run.wait_until_quiet()
+        yield runs
+
+
+def foretell(day: Path, folder: Path, *more: object) -> dict[str, Any]:
+    """What is said of that day beforehand, in the sources' own seconds."""
+    report = folder / "foretold.json"
+    done = run_cli("--replay", day, "--simulate", "--report", report, "--quiet", *more)
     assert done.returncode == 0, done.stderr
+    return dict(json.loads(report.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=["threads", "asyncio"])
+def world(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["first day", "second day", "third day"])
+def run(request: pytest.FixtureRequest, world: str, all_begun: dict[tuple[int, str], Begun], news_data: Path) -> Run:
+    if (request.param, world) not in all_begun:
+        pytest.skip(f"only {len(all_begun) // len(WORLDS)} recorded days are there")
+    begun = all_begun[request.param, world]
+    _, shown = begun.process.communicate(timeout=60)
+    assert begun.process.returncode == 0, shown
+    folder, regions = begun.folder, news_data / "regions.json"
     districts = {region["name"]: set(region["districts"]) for region in json.loads(regions.read_text("utf-8"))}
-    return Run(oracle(day, regions), pairs(out), lines_of(log), districts)
+    return Run(
+        oracle(begun.day, regions),
+        pairs(folder / "out.jsonl"),
+        lines_of(folder / "server.jsonl"),
+        json.loads((folder / "run.json").read_text(encoding="utf-8")),
+        foretell(begun.day, folder),
+        districts,
+    )
 
 
 def test_everything_is_found_and_nothing_else(run: Run) -> None:
@@ -101,3 +171,52 @@ def test_no_source_waited_for_another(run: Run) -> None:
     first_district = min(line["time"] for line in run.of("google") if run.named(line))
     last_state = max(line["time"] for line in run.of("newsdata") if not run.named(line))
     assert first_district < last_state
+
+
+def test_the_forecast_knew_what_would_be_asked_and_found(run: Run) -> None:
+    for name, source in run.foretold["sources"].items():
+        real = run.report["sources"][name]
+        assert source["calls"] == real["calls"] == len(run.of(name))
+        assert sum(source["skipped"].values()) == sum(real["skipped"].values())
+        if "budget_exhausted" not in real["skipped"]:       # else it is chance for which district the last call is
+            assert source["articles"] == real["articles"]
+    assert set(run.foretold["active_states"]) == set(run.report["active_states"])
+    assert run.foretold["districts_asked"] == run.report["districts_asked"]
+    assert run.foretold["articles"] == run.report["articles"] == len(run.expected)
+
+
+def test_the_forecast_knew_how_long_it_would_take(run: Run) -> None:
+    # Of newsdata alone, whose windows take seconds even at this speed: to the others, a slow start is a tenth.
+    real = run.report["sources"]["newsdata"]["last_at"] * SPEED
+    assert real == pytest.approx(run.foretold["sources"]["newsdata"]["last_at"], rel=0.1)
+
+
+def test_the_forecast_is_what_the_limits_allow_and_takes_no_time(news_data: Path, tmp_path: Path) -> None:
+    for day in sorted(news_data.glob("????-??-??.jsonl")):
+        began = time.monotonic()
+        sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
+        assert time.monotonic() - began < 2.0
+        calls = {name: source["calls"] for name, source in sources.items()}
+        assert calls["google"] <= 500
+        assert sources["google"]["last_at"] <= 1.05 * calls["google"] / 1.5
+        assert sources["gnews"]["last_at"] <= 1.1 * calls["gnews"]
+        assert sources["newsdata"]["last_at"] <= 900 * ((calls["newsdata"] - 1) // 30) + 40
+        for name, source in sources.items():        # nor less than they leave
+            rate = RATES[name] / SPEED
+            assert source["last_at"] >= (calls[name] - 1) / rate
+        assert sources["newsdata"]["last_at"] >= 900 * ((calls["newsdata"] - 1) // 30)
+
+
+def test_a_forecast_comes_true(world: str, news_data: Path, tmp_path: Path) -> None:
+    """At a speed at which the way to a loopback server and back is about as long as that to the real ones."""
+    day, speed, report = sorted(news_data.glob("????-??-??.jsonl"))[-1], 50, tmp_path / "run.json"
+    chosen = ("--replay", day, "--sources", "google,gnews")
+    done = run_cli(*chosen, "--speed", speed, world, "--out", tmp_path / "out.jsonl", "--report", report, "--quiet")
+    assert done.returncode == 0, done.stderr
+    real = json.loads(report.read_text(encoding="utf-8"))["sources"]
+    latency = sum(source["busy_seconds"] for source in real.values()) / sum(source["calls"] for source in real.values())
+    for more in ((), ("--latency", f"{latency * speed:.6f}")):
+        foretold = foretell(day, tmp_path, "--sources", "google,gnews", *more)["sources"]
+        for name, source in foretold.items():
+            assert real[name]["calls"] == source["calls"]
+            assert real[name]["last_at"] * speed == pytest.approx(source["last_at"], rel=0.1)

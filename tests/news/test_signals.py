@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from news.support import ROOT, Story, command, environment, lines_of, pairs
+from news.support import ROOT, WORLDS, Story, command, environment, lines_of, pairs
 
 from qengine import CancellationToken
 from qengine.news import NewsServer
@@ -55,10 +56,14 @@ def answered(log: Path, before: float) -> set[tuple[str, str]]:
     return {(story["state"], story["url"]) for story in stories if (story["state"], story["language"]) in asked}
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_within_a_second_and_loses_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    out, log = tmp_path / "out.jsonl", tmp_path / "server.jsonl"
-    with collecting("--demo", "--speed", 40, "--out", out, "--server-log", log) as process:
+def test_a_signal_ends_it_within_a_second_and_loses_nothing(
+    number: signal.Signals, code: int, world: str, tmp_path: Path
+) -> None:
+    out, log, report = tmp_path / "out.jsonl", tmp_path / "server.jsonl", tmp_path / "run.json"
+    files = ("--out", out, "--server-log", log, "--report", report)
+    with collecting("--demo", "--speed", 40, world, *files) as process:
         wait_for_lines(out, 60)
         sent_at, began = time.time(), time.monotonic()
         process.send_signal(number)
@@ -67,19 +72,28 @@ def test_a_signal_ends_it_within_a_second_and_loses_nothing(number: signal.Signa
     assert process.returncode == code, shown
     assert f"stopped          {number.name}" in shown
     assert pairs(out) >= answered(log, sent_at - SETTLED) != set()
+    summary = json.loads(report.read_text(encoding="utf-8"))
+    assert (summary["stop_reason"], summary["exit_code"], summary["articles"]) == (number.name, code, len(pairs(out)))
 
 
-def test_it_ends_as_fast_while_a_source_hangs(tmp_path: Path, stories: list[Story], serve: Serve) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("signals", [1, 2])
+def test_it_ends_as_fast_while_a_source_hangs(
+    signals: int, world: str, tmp_path: Path, stories: list[Story], serve: Serve
+) -> None:
     server = serve(stories, speed=100, faults={"google": Fault(FaultKind.HANG)})
     urls = [f"--base-url={name}={server.url(name)}" for name in ("google", "newsdata")]
     out = tmp_path / "out.jsonl"
-    with collecting(*urls, "--sources", "google,newsdata", "--speed", 100, "--out", out) as process:
+    with collecting(*urls, "--sources", "google,newsdata", "--speed", 100, world, "--out", out) as process:
         wait_for_lines(out, 1)
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        for _ in range(signals):        # the second may come while what runs has its moment to be answered
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, shown = process.communicate(timeout=10)
         assert time.monotonic() - began < 1.0
     assert process.returncode == 130
+    assert "Traceback" not in shown and "Exception" not in shown
     assert pairs(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -10,15 +11,27 @@ from typing import Any
 import pytest
 from news.support import ask
 
-from qengine import RateLimit, RateLimitError, TaskError, TransientError, Window
+from qengine import (
+    AsyncQueryExecutor,
+    QueryExecutor,
+    RateLimit,
+    RateLimitError,
+    StopConditions,
+    TaskError,
+    TransientError,
+    Window,
+)
 from qengine.news import (
     GNewsSource,
     GoogleNewsSource,
     NewsDataSource,
     Period,
+    QueryGenerator,
     create_gnews_scheduler,
     create_google_scheduler,
     create_newsdata_scheduler,
+    for_asyncio,
+    get_region_by_slug,
 )
 from qengine.news import http as news_http
 from qengine.news.terms import HEAT
@@ -211,3 +224,23 @@ def test_gnews_speaks_eight_languages_the_others_all() -> None:
 
     assert spoken(create_google_scheduler()) == spoken(create_newsdata_scheduler("k")) == 14
     assert spoken(create_gnews_scheduler("k")) == 8
+
+
+def test_a_source_for_asyncio_is_the_same_but_for_being_awaited(wire: Wire) -> None:
+    source = create_newsdata_scheduler("k", timeout=7.0)
+    twin: Any = for_asyncio(source)
+    assert {**vars(twin), "fetch": None} == {**vars(source), "fetch": None}
+    wire.answer = b'{"results": [{"title": "Loo", "link": "http://a/1"}]}'
+    asked = ask("loo Bihar")
+    assert asyncio.run(twin.fetch(asked)) == list(source.fetch(asked)) != []
+
+
+def test_what_was_used_of_the_limits_by_threads_is_used_for_asyncio_too(wire: Wire) -> None:
+    wire.answer = b'{"results": []}'
+    source = create_newsdata_scheduler("k")
+    plan, bihar, delhi = QueryGenerator(), get_region_by_slug("bihar"), get_region_by_slug("delhi")
+    for _ in range(15):
+        QueryExecutor([source], plan).run([bihar])      # two queries each time: the window is full
+    stop = StopConditions(timeout=0.2)
+    report = asyncio.run(AsyncQueryExecutor([for_asyncio(source)], plan, stop=stop).run([delhi]))
+    assert (report.by_source["newsdata"].calls, report.stop_reason) == (0, "timeout")

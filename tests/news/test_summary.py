@@ -64,6 +64,7 @@ def test_below_stands_what_the_rows_have_no_place_for(tally: Tally) -> None:
         "states active    1",
         "districts asked  2",
         "articles         2",
+        "makespan         2.00 s",
         "stopped          at its end",
         "failed calls     3 x newsdata said no",
         "lost             newsdata, failed: loo Bihar",
@@ -87,8 +88,28 @@ def test_the_report_is_json_and_says_the_same(tally: Tally) -> None:
     assert summary["sources"]["google"]["budget_left"] is None
     assert (summary["active_states"], summary["districts_asked"], summary["articles"]) == (["bihar"], 2, 2)
     assert (summary["exit_code"], summary["silent_sources"]) == (3, ["newsdata"])
+    assert summary["simulated"] is None and summary["started_at"] == "1970-01-01T05:30:00+05:30"
     assert summary["failed_calls"] == [{"source": "newsdata", "error": "newsdata said no", "calls": 3}]
     assert summary["lost_queries"][0]["status"] == "failed"
+
+
+def test_a_forecast_says_what_it_took_for_granted(tally: Tally) -> None:
+    assumed = {"latency": [0.4, 1.2], "seed": 7, "answers": "day.jsonl"}
+    summary = summarize(report(), tally, 0, assumed)
+    assert (summary["simulated"], summary["started_at"], summary["articles"]) == (assumed, None, 2)
+    line = "simulated        calls take 0.4 to 1.2 s (seed 7); answers as in day.jsonl; nobody was asked"
+    assert render(summary).splitlines()[-1] == line
+
+
+def test_a_forecast_from_no_articles_counts_none(tally: Tally) -> None:
+    summary = summarize(report(), tally, 0, {"latency": [0.5, 0.5], "seed": 0, "answers": None})
+    assert summary["articles"] is summary["sources"]["gnews"]["articles"] is summary["sources"]["gnews"]["new"] is None
+    lines = render(summary).splitlines()
+    assert re.split(r"  +", lines[2])[:4] == ["gnews", "100", "-", "-"]
+    assert "articles         -" in lines
+    assert lines[-1] == (
+        "simulated        calls take 0.5 s (seed 0); every state assumed to be active; nobody was asked"
+    )
 
 
 def test_a_source_that_was_never_called_is_not_silent() -> None:
