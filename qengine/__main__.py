@@ -21,6 +21,7 @@ def main() -> int:
         code = 130
     except SystemExit as exit:  # from below
         code = int(exit.code or 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to change how it ends
     if threading.active_count() > 1:  # calls that hang: in C, where the interpreter's end would pull the rug from them
         _leave(code)
     return code

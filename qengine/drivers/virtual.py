@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread, get_ident
+from threading import Lock, Thread, get_ident
 from typing import Any
 
 from ..errors import refuse, require_duration, require_number
@@ -90,7 +90,8 @@ class VirtualClock:
         self._run: object = None
         self._begun: Turn | _SteppedThread | None = None  # the turn that is being taken, or whose it is
         self._driving = Lock()
-        self._stirred = Event()
+        self._is_idle = False  # whether whoever drives waits to be stirred
+        self._stirs: SimpleQueue[None] = SimpleQueue()  # an Event's lock could stay held where a signal handler raises
         self._pacer: _Pacer | None = None
         self._lost: set[int | None] = set()
 
@@ -227,12 +228,15 @@ class VirtualClock:
         with self._driving:
             self._finish_turn(patience)
             while not is_done():
-                self._stirred.clear()
-                if not self.step() and not is_done():
-                    self._stirred.wait()  # nothing will happen by itself: for another thread, or a signal handler
+                self._is_idle = False
+                if not self.step():
+                    self._is_idle = True
+                    if not (is_done() or self._due or self._alarms):
+                        self._stirs.get()  # nothing will happen by itself: for another thread, or a signal handler
 
     def _stir(self) -> None:
-        self._stirred.set()
+        if self._is_idle:
+            self._stirs.put(None)
         if self._pacer is not None:
             self._pacer.nudge()
 
@@ -317,7 +321,7 @@ class _SteppedThread:
         self._go: SimpleQueue[int] = SimpleQueue()  # numbers of turns
         self._turn = 0  # the one given last
         self._ended = 0  # the one that ended last
-        self._turn_ended = Event()
+        self._ends: SimpleQueue[None] = SimpleQueue()
         self._thread = Thread(target=self._work, name=name, daemon=True)
         self._stop_waiting: Callable[[], bool] | None = None
         self._given_up = False
@@ -352,9 +356,10 @@ class _SteppedThread:
         """Wait for the end of its turn, at most so many real seconds; return whether it came."""
         self._go.put(self._turn)  # a second time is harmless: an interrupt may have come before the first
         while self._ended < self._turn:
-            if not self._turn_ended.wait(patience):
+            try:
+                self._ends.get(timeout=patience)
+            except Empty:
                 return False
-            self._turn_ended.clear()
         return True
 
     def _wait_for_turn(self) -> None:
@@ -363,7 +368,7 @@ class _SteppedThread:
 
     def _end_turn(self) -> None:
         self._ended = self._turn
-        self._turn_ended.set()
+        self._ends.put(None)
 
     def sleep_until(self, until: float) -> None:
         """Wait for an instant, or to be interrupted."""
@@ -440,7 +445,7 @@ class _SteppedQueue:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self._items: deque[Any] = deque()
-        self._readers: list[Turn] = []  # none or one; whoever takes it out lets it go on
+        self._readers: list[Turn] = []  # none or one; it takes itself out when it goes on
 
     def put(self, item: Any) -> None:
         self._clock.soon(partial(self.arrive, item))
@@ -469,6 +474,7 @@ class _SteppedQueue:
             self._readers.append(thread.take_turn)
             alarm = self._clock.at(until, self._wake_reader, last=True)
             thread.wait(self._take_reader)
+            self._readers.clear()
             thread.check()
         alarm.cancel()
         return bool(self._items)
@@ -480,7 +486,7 @@ class _SteppedQueue:
 
     def _wake_reader(self) -> None:
         if self._readers:
-            self._readers.pop()()
+            self._readers[0]()
 
     def _take_reader(self) -> bool:
         """Note that the reader need not be waked; return whether it was to be."""
