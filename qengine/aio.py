@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from _thread import _count  # of the threads that were started and run
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -191,7 +191,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Coroutine[Any, Any, V]],
+        fn: Callable[[P], Awaitable[V]],
         clock: VirtualClock | None,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
@@ -321,7 +321,7 @@ class AsyncConcurrentExecutor(_AsyncFunctionFace[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Coroutine[Any, Any, V]],
+        fn: Callable[[P], Awaitable[V]],
         policy: ExecutionPolicy = ExecutionPolicy(),
         *,
         clock: VirtualClock | None = None,
@@ -357,7 +357,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Coroutine[Any, Any, V]],
+        fn: Callable[[P], Awaitable[V]],
         policy: ExecutionPolicy,
         *,
         lane_by: Callable[[P], Any] | None = None,
@@ -369,7 +369,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
 
     @classmethod
     def from_manifest(
-        cls, fn: Callable[[P], Coroutine[Any, Any, V]], manifest: RunManifest, **options: Any
+        cls, fn: Callable[[P], Awaitable[V]], manifest: RunManifest, **options: Any
     ) -> Self:
         """Make one with the policy of a manifest; `options` are those of the class."""
         return cls(fn, require_kind("manifest", manifest, RunManifest).policy, **options)

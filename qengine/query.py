@@ -7,7 +7,7 @@ source.  There is no barrier between levels, and no source waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -92,7 +92,7 @@ class Source:
     def __init__(
         self,
         name: str,
-        fetch: Callable[[Query[Any]], Iterable[Any]],
+        fetch: Callable[[Query[Any]], Iterable[Any] | AsyncIterable[Any] | Awaitable[Iterable[Any]]],
         limits: Sequence[Limit] = (),
         concurrency: int = 1,
         budget: int | None = None,
@@ -100,7 +100,7 @@ class Source:
         breaker: BreakerPolicy | None = None,
         retry: RetryPolicy = RetryPolicy(),
         timeout: float | None = None,
-        accepts: Callable[[Query[Any]], bool] | None = None,
+        accepts: Callable[[Query[Any]], bool | Awaitable[bool]] | None = None,
         cost: float = 0.0,
         max_abandoned: int | None = None,
     ) -> None:

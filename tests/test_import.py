@@ -26,13 +26,24 @@ from qengine import (
 POLICY = "RateLimit Window RetryPolicy BreakerPolicy StopConditions ExecutionPolicy RunManifest"
 MODEL = "Task TaskStatus TaskResult Query QueryResult RunReport CollectionReport Event CancellationToken"
 ENGINE = "RateLimiter current_attempt ConcurrentExecutor TaskScheduler Source Plan QueryExecutor Stream"
+FUNCTIONS = "in_thread simulate"
 ERRORS = "QEngineError TaskError TransientError RateLimitError TaskTimeoutError BudgetExceededError BreakerOpenError"
 
 
-@pytest.mark.parametrize("name", f"{POLICY} {MODEL} {ENGINE} {ERRORS}".split())
+@pytest.mark.parametrize("name", f"{POLICY} {MODEL} {ENGINE} {FUNCTIONS} {ERRORS}".split())
 def test_a_public_name_is_offered_and_listed(name: str) -> None:
     assert getattr(qengine, name).__module__.startswith("qengine.")
     assert name in qengine.__all__
+    assert name in dir(qengine)
+
+
+ASYNC = "AsyncRateLimiter AsyncConcurrentExecutor AsyncTaskScheduler AsyncQueryExecutor AsyncStream"
+
+
+@pytest.mark.parametrize("name", ASYNC.split())
+def test_a_name_for_asyncio_is_offered_but_not_listed_for_it_would_be_loaded(name: str) -> None:
+    assert getattr(qengine, name).__module__ in ("qengine.aio", "qengine.aio_limiter")
+    assert name not in qengine.__all__
     assert name in dir(qengine)
 
 

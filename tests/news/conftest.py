@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from news.support import Story, story
+from news.support import Story, few_stories
 
 from qengine.news import NewsServer
 
@@ -22,16 +22,8 @@ def serve() -> Iterator[Callable[..., NewsServer]]:
 
 @pytest.fixture
 def stories() -> list[Story]:
-    """Bihar and Delhi have news, in both their languages; Goa has some only in a district, so nobody will find it."""
-    return [
-        story("http://a/bihar-en"),
-        story("http://a/bihar-hi", language="hi"),
-        story("http://a/patna", district="Patna"),
-        story("http://a/gaya", district="Gaya", language="hi"),
-        story("http://a/delhi", "Delhi", language="hi"),
-        story("http://a/new-delhi", "Delhi", "New Delhi"),
-        story("http://a/goa", "Goa", "North Goa"),
-    ]
+    """A few, a test's own to change."""
+    return few_stories()
 
 
 @pytest.fixture

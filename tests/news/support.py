@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from qengine import Query
 from qengine.news import NewsQuery, get_region_by_slug
@@ -31,6 +34,19 @@ def story(url: str, state: str = "Bihar", district: str | None = None, language:
         "district": district,
         **more,
     }
+
+
+def few_stories() -> list[Story]:
+    """Bihar and Delhi have news, in both their languages; Goa has some only in a district, so nobody will find it."""
+    return [
+        story("http://a/bihar-en"),
+        story("http://a/bihar-hi", language="hi"),
+        story("http://a/patna", district="Patna"),
+        story("http://a/gaya", district="Gaya", language="hi"),
+        story("http://a/delhi", "Delhi", language="hi"),
+        story("http://a/new-delhi", "Delhi", "New Delhi"),
+        story("http://a/goa", "Goa", "North Goa"),
+    ]
 
 
 def ask(text: str, *, language: str = "en", districts: tuple[str, ...] = (), **more: Any) -> Query[NewsQuery]:
@@ -68,10 +84,32 @@ def environment(**more: str) -> Mapping[str, str]:
 
 def run_cli(*arguments: object, timeout: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command line and wait for it."""
-    return subprocess.run(
+    with begun(*arguments, **variables) as process:
+        return ended(process, timeout)
+
+
+@contextmanager
+def begun(*arguments: object, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """The command line, running; killed if it is not waited for."""
+    with subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(**variables), stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=False,
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ended(process: subprocess.Popen[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Wait for what has begun; if it does not end, what it said until then is shown."""
+    try:
+        out, shown = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, shown = process.communicate()
+        pytest.fail(f"no end after {timeout:g} s; it said:\n{shown}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, shown)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

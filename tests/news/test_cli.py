@@ -6,12 +6,12 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from news.support import FOUND, ROOT, WORLDS, Story, article, environment, lines_of, pairs, run_cli
+from news.support import FOUND, ROOT, WORLDS, Story, article, begun, ended, environment, lines_of, pairs, run_cli
 
 from qengine.news import NewsServer
 from qengine.news.cli import main
@@ -19,6 +19,13 @@ from qengine.news.dates import INDIA
 
 Serve = Callable[..., NewsServer]
 QUICK = ("--states", "bihar,delhi,goa", "--speed", 2000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """The demo, begun before the other tests and looked at after them: it waits most of its time."""
+    with begun("--demo", TMPDIR=str(tmp_path_factory.mktemp("demo"))) as process:
+        yield process
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -182,15 +189,15 @@ def test_a_source_that_cannot_be_reached_is_named_while_it_runs(world: str, tmp_
 
 
 def test_a_source_that_throttles_is_named_once_even_where_nobody_watches(tmp_path: Path, serve: Serve) -> None:
-    url = serve([], speed=0.5).url("google")     # half as much as it is asked for
+    url = serve([], speed=2).url("google")      # half as much as it is asked for
     done = run_cli(
         "--states", "goa", "--sources", "google", "--base-url", f"google={url}", "--out", tmp_path / "out.jsonl",
+        "--speed", 4,
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("qengine collect: ")]
-    assert said == [
-        "qengine collect: google answered 429 Too Many Requests; waiting 1 s, from now on without saying so each time"
-    ]
+    waits = "waiting 0.25 s, from now on without saying so each time"      # for 1 s, at that speed
+    assert said == [f"qengine collect: google answered 429 Too Many Requests; {waits}"]
 
 
 def test_without_a_command_it_shows_the_help_and_exits_with_2() -> None:
@@ -295,8 +302,8 @@ def test_the_deadline_stops_it_with_4_and_keeps_what_was_found(world: str, repla
     assert pairs(out) <= FOUND and pairs(out)
 
 
-def test_the_demo_ends_well_and_may_be_run_again() -> None:
-    done = run_cli("--demo", timeout=20)
+def test_the_demo_ends_well_and_may_be_run_again(demo: subprocess.Popen[str]) -> None:
+    done = ended(demo, timeout=20)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stderr.splitlines() if line}
     assert "budget_exhausted" in rows["gnews"]

@@ -3,96 +3,146 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
-from news.support import FOUND, WORLDS, Story, pairs, run_cli
+from news.support import FOUND, WORLDS, few_stories, pairs, run_cli
 
 from qengine.news import NewsServer
 from qengine.news.server import Fault, FaultKind
 from qengine.news.sources import SOURCES
 
-Serve = Callable[..., NewsServer]
 SPEED = 2000
 
 
-def collected(server: NewsServer, folder: Path, *more: object, **options: Any) -> tuple[int, dict[str, Any], float]:
-    """Collect from a server of our own; the exit code, the report, the seconds it took."""
-    urls = [f"--base-url={name}={server.url(name)}" for name in ("google", "newsdata", "gnews")]
-    began = monotonic()
-    done = run_cli(
-        *urls, "--states", "bihar,delhi,goa", "--speed", SPEED, "--out", folder / "out.jsonl",
-        "--report", folder / "run.json", *more, timeout=30, **options,
+
+@dataclass(frozen=True)
+class Case:
+    """A source of which something is wrong, and how it is collected from."""
+
+    world: str
+    source: str
+    fault: Fault
+    more: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.fault.kind and self.fault.kind.name}-{self.source}{self.world}"
+
+
+NEVER_ANSWERS = [
+    Case(world, source, Fault(kind), ("--timeout", "1s"))
+    for kind, world, source in (
+        *((kind, "--threads", source) for kind in (FaultKind.HANG, FaultKind.DRIP) for source in SOURCES),
+        (FaultKind.HANG, "--asyncio", "google"),        # five calls at once
+        (FaultKind.DRIP, "--asyncio", "newsdata"),      # one
     )
-    seconds = monotonic() - began
-    return done.returncode, json.loads((folder / "run.json").read_text(encoding="utf-8")), seconds
+]
+MENDED = [
+    (Case(world, "google", Fault(kind, requests=4, tries=1), ("--sources", "google")), error)
+    for kind, error in (
+        (FaultKind.UNAVAILABLE, "google answered 503 Service Unavailable"),
+        (FaultKind.TRUNCATED, "google sent a truncated body"),
+        (FaultKind.HTML, "google sent HTML instead of articles"),
+    )
+    for world in WORLDS
+]
+LOST = [
+    (Case(world, "google", Fault(kind, requests=3)), error)
+    for kind, error in (
+        (FaultKind.BOMB, "google sent XML with a document type declaration, which is refused: it may be a bomb"),
+        (FaultKind.FLOOD, "google sent a body of more than 10485760 bytes"),
+    )
+    for world in WORLDS
+]
+RECOVERS = [
+    Case(world, "google", Fault(FaultKind.UNAVAILABLE, requests=6), ("--sources", "google")) for world in WORLDS
+]
 
 
-@pytest.mark.parametrize(("kind", "world", "source"), [
-    *((kind, "--threads", source) for kind in (FaultKind.HANG, FaultKind.DRIP) for source in SOURCES),
-    (FaultKind.HANG, "--asyncio", "google"),        # five calls at once
-    (FaultKind.DRIP, "--asyncio", "newsdata"),      # one
-])
-def test_a_source_that_never_answers_costs_the_others_nothing(
-    kind: FaultKind, world: str, source: str, stories: list[Story], tmp_path: Path, serve: Serve
-) -> None:
-    server = serve(stories, speed=SPEED, faults={source: Fault(kind)})
-    code, report, seconds = collected(server, tmp_path, "--timeout", "1s", world)
-    assert code == 3
-    assert pairs(tmp_path / "out.jsonl") == FOUND
-    assert report["silent_sources"] == [source]
-    assert {call["error"] for call in report["failed_calls"]} == {f"{source} gave no whole answer in time"}
-    assert report["sources"][source]["failures"] + sum(report["sources"][source]["skipped"].values()) > 0
-    assert seconds < 15
+@dataclass(frozen=True)
+class Collected:
+    """A collection that has ended."""
+
+    code: int
+    shown: str
+    report: dict[str, Any]
+    found: set[tuple[str, str]]
+    seconds: float
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("kind", "error"), [
-    (FaultKind.UNAVAILABLE, "google answered 503 Service Unavailable"),
-    (FaultKind.TRUNCATED, "google sent a truncated body"),
-    (FaultKind.HTML, "google sent HTML instead of articles"),
-])
-def test_what_a_retry_can_mend_is_mended(
-    kind: FaultKind, error: str, world: str, stories: list[Story], tmp_path: Path, serve: Serve
-) -> None:
-    server = serve(stories, speed=SPEED, faults={"google": Fault(kind, requests=4, tries=1)})
-    code, report, _ = collected(server, tmp_path, "--sources", "google", world)
-    assert code == 0
-    assert pairs(tmp_path / "out.jsonl") == FOUND
-    assert [call["error"] for call in report["failed_calls"]] == [error]
-    assert report["sources"]["google"]["retries"] > 0
-    assert report["lost_queries"] == []
+Runs = dict[Case, Future[Collected]]
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("kind", "error"), [
-    (FaultKind.BOMB, "google sent XML with a document type declaration, which is refused: it may be a bomb"),
-    (FaultKind.FLOOD, "google sent a body of more than 10485760 bytes"),
-])
-def test_what_a_retry_cannot_mend_fails_that_call_alone(
-    kind: FaultKind, error: str, world: str, stories: list[Story], tmp_path: Path, serve: Serve
-) -> None:
-    server = serve(stories, speed=SPEED, faults={"google": Fault(kind, requests=3)})
-    code, report, _ = collected(server, tmp_path, world)
-    assert code == 0
-    assert pairs(tmp_path / "out.jsonl") == FOUND      # the other sources have it
-    assert [call["error"] for call in report["failed_calls"]] == [error]
-    assert report["sources"]["google"]["retries"] == 0
-    assert len(report["lost_queries"]) == 3
-    assert {lost["error"] for lost in report["lost_queries"]} == {error}
+def collected(case: Case, folder: Path) -> Collected:
+    """Collect from a server of our own."""
+    with NewsServer(few_stories(), speed=SPEED, faults={case.source: case.fault}) as server:
+        urls = [f"--base-url={name}={server.url(name)}" for name in SOURCES]
+        began = monotonic()
+        done = run_cli(
+            *urls, "--states", "bihar,delhi,goa", "--speed", SPEED, "--out", folder / "out.jsonl",
+            "--report", folder / "run.json", case.world, *case.more, timeout=30,
+        )
+        seconds = monotonic() - began
+    assert (folder / "run.json").exists(), done.stderr
+    report = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return Collected(done.returncode, done.stderr, report, pairs(folder / "out.jsonl"), seconds)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_source_that_recovers_is_asked_again(
-    world: str, stories: list[Story], tmp_path: Path, serve: Serve
-) -> None:
-    server = serve(stories, speed=SPEED, faults={"google": Fault(FaultKind.UNAVAILABLE, requests=6)})
-    code, report, _ = collected(server, tmp_path, "--sources", "google", world)
-    assert code == 0
-    assert pairs(tmp_path / "out.jsonl") == FOUND
-    assert report["failed_calls"] == [
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every case, side by side: only their starts take the processor, and those for which most is waited go first."""
+    cases = sorted(NEVER_ANSWERS, key=lambda case: case.source == "google")     # of which five calls wait at once
+    cases += [*(case for case, _ in MENDED), *(case for case, _ in LOST), *RECOVERS]
+    begun: Runs = {}
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for case in cases:
+            begun[case] = pool.submit(collected, case, tmp_path_factory.mktemp("faults"))
+            sleep(0.3)
+    return begun
+
+
+@pytest.mark.parametrize("case", NEVER_ANSWERS, ids=str)
+def test_a_source_that_never_answers_costs_the_others_nothing(case: Case, runs: Runs) -> None:
+    done, source = runs[case].result(), case.source
+    assert done.code == 3, done.shown
+    assert done.found == FOUND
+    assert done.report["silent_sources"] == [source]
+    assert {call["error"] for call in done.report["failed_calls"]} == {f"{source} gave no whole answer in time"}
+    asked = done.report["sources"][source]
+    assert asked["failures"] + sum(asked["skipped"].values()) > 0
+    assert done.seconds < 15
+
+
+@pytest.mark.parametrize(("case", "error"), MENDED, ids=str)
+def test_what_a_retry_can_mend_is_mended(case: Case, error: str, runs: Runs) -> None:
+    done = runs[case].result()
+    assert done.code == 0, done.shown
+    assert done.found == FOUND
+    assert [call["error"] for call in done.report["failed_calls"]] == [error]
+    assert done.report["sources"]["google"]["retries"] > 0
+    assert done.report["lost_queries"] == []
+
+
+@pytest.mark.parametrize(("case", "error"), LOST, ids=str)
+def test_what_a_retry_cannot_mend_fails_that_call_alone(case: Case, error: str, runs: Runs) -> None:
+    done = runs[case].result()
+    assert done.code == 0, done.shown
+    assert done.found == FOUND      # the other sources have it
+    assert [call["error"] for call in done.report["failed_calls"]] == [error]
+    assert done.report["sources"]["google"]["retries"] == 0
+    assert len(done.report["lost_queries"]) == 3
+    assert {lost["error"] for lost in done.report["lost_queries"]} == {error}
+
+
+@pytest.mark.parametrize("case", RECOVERS, ids=str)
+def test_a_source_that_recovers_is_asked_again(case: Case, runs: Runs) -> None:
+    done = runs[case].result()
+    assert done.code == 0, done.shown
+    assert done.found == FOUND
+    assert done.report["failed_calls"] == [
         {"source": "google", "error": "google answered 503 Service Unavailable", "calls": 6}
     ]

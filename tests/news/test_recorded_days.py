@@ -5,21 +5,22 @@ Each day is simulated, too, and what was foretold must come true.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from news.support import ROOT, WORLDS, command, environment, lines_of, pairs, run_cli
+from news.support import WORLDS, begun, ended, lines_of, pairs, run_cli
 
 SPEED = 400
-QUIET = 0.3         # seconds without a request after which a run only waits for newsdata's next window
+QUIET = 0.2         # seconds without a request after which a run only waits for newsdata's next window
 TOLERANCE = 0.050
 WINDOW, IN_WINDOW = 900 / SPEED, 30
 RATES = {"google": 1.5 * SPEED, "newsdata": 10 * SPEED, "gnews": 1.0 * SPEED}
@@ -73,21 +74,13 @@ class Begun:
         """Wait until it does so little that the next one may begin."""
         log, until = self.folder / "server.jsonl", time.monotonic() + 30
         while not log.exists() or time.time() - log.stat().st_mtime < QUIET:
-            assert time.monotonic() < until and self.process.poll() in (None, 0), "the run does not become quiet"
+            assert time.monotonic() < until, "the run does not become quiet"
+            assert self.process.poll() in (None, 0), ended(self.process, timeout=1).stderr
             time.sleep(0.01)
 
 
-@contextmanager
-def begun(day: Path, world: str, folder: Path) -> Iterator[Begun]:
-    files = ("--out", folder / "out.jsonl", "--server-log", folder / "server.jsonl", "--report", folder / "run.json")
-    with subprocess.Popen(
-        command("--replay", day, "--speed", SPEED, world, *files), cwd=ROOT, env=environment(),
-        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-    ) as process:
-        try:
-            yield Begun(day, folder, process)
-        finally:
-            process.kill()
+def files(folder: Path) -> tuple[object, ...]:
+    return ("--out", folder / "out.jsonl", "--server-log", folder / "server.jsonl", "--report", folder / "run.json")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +90,9 @@ def all_begun(news_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         runs: dict[tuple[int, str], Begun] = {}
         for index, day in enumerate(sorted(news_data.glob("????-??-??.jsonl"))):
             for world in WORLDS:
-                run = runs[index, world] = stack.enter_context(begun(day, world, tmp_path_factory.mktemp("day")))
+                folder = tmp_path_factory.mktemp("day")
+                command = begun("--replay", day, "--speed", SPEED, world, *files(folder))
+                run = runs[index, world] = Begun(day, folder, stack.enter_context(command))
                 run.wait_until_quiet()
         yield runs
 
@@ -110,26 +105,68 @@ def foretell(day: Path, folder: Path, *more: object) -> dict[str, Any]:
     return dict(json.loads(report.read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("way", WORLDS)
+@pytest.mark.usefixtures("all_begun")       # which wait meanwhile
+def test_a_forecast_comes_true(way: str, news_data: Path, tmp_path: Path) -> None:
+    """At a speed at which the way to a loopback server and back is about as long as that to the real ones."""
+    day, speed, report = sorted(news_data.glob("????-??-??.jsonl"))[-1], 50, tmp_path / "run.json"
+    chosen = ("--replay", day, "--sources", "google,gnews")
+    done = run_cli(*chosen, "--speed", speed, way, "--out", tmp_path / "out.jsonl", "--report", report, "--quiet")
+    assert done.returncode == 0, done.stderr
+    real = json.loads(report.read_text(encoding="utf-8"))["sources"]
+    latency = sum(source["busy_seconds"] for source in real.values()) / sum(source["calls"] for source in real.values())
+    for more in ((), ("--latency", f"{latency * speed:.6f}")):
+        foretold = foretell(day, tmp_path, "--sources", "google,gnews", *more)["sources"]
+        for name, source in foretold.items():
+            assert real[name]["calls"] == source["calls"]
+            assert real[name]["last_at"] * speed == pytest.approx(source["last_at"], rel=0.1)
+
+
+def test_the_forecast_is_what_the_limits_allow_and_takes_no_time(news_data: Path, tmp_path: Path) -> None:
+    for day in sorted(news_data.glob("????-??-??.jsonl")):
+        began = time.monotonic()
+        sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
+        assert time.monotonic() - began < 2.0
+        calls = {name: source["calls"] for name, source in sources.items()}
+        assert calls["google"] <= 500
+        assert sources["google"]["last_at"] <= 1.05 * calls["google"] / 1.5
+        assert sources["gnews"]["last_at"] <= 1.1 * calls["gnews"]
+        assert sources["newsdata"]["last_at"] <= 900 * ((calls["newsdata"] - 1) // 30) + 40
+        for name, source in sources.items():        # nor less than they leave
+            rate = RATES[name] / SPEED
+            assert source["last_at"] >= (calls[name] - 1) / rate
+        assert sources["newsdata"]["last_at"] >= 900 * ((calls["newsdata"] - 1) // 30)
+
+
+@pytest.fixture(scope="module")
+def foretold(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, Any]]:
+    """What is said of a day beforehand, which is the same for both worlds."""
+    return functools.cache(lambda day: foretell(day, tmp_path_factory.mktemp("foretold")))
+
+
 @pytest.fixture(scope="module", params=WORLDS, ids=["threads", "asyncio"])
 def world(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=["first day", "second day", "third day"])
-def run(request: pytest.FixtureRequest, world: str, all_begun: dict[tuple[int, str], Begun], news_data: Path) -> Run:
+def run(
+    request: pytest.FixtureRequest, world: str, all_begun: dict[tuple[int, str], Begun],
+    foretold: Callable[[Path], dict[str, Any]], news_data: Path,
+) -> Run:
     if (request.param, world) not in all_begun:
         pytest.skip(f"only {len(all_begun) // len(WORLDS)} recorded days are there")
-    begun = all_begun[request.param, world]
-    _, shown = begun.process.communicate(timeout=60)
-    assert begun.process.returncode == 0, shown
-    folder, regions = begun.folder, news_data / "regions.json"
+    day = all_begun[request.param, world]
+    done = ended(day.process, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder, regions = day.folder, news_data / "regions.json"
     districts = {region["name"]: set(region["districts"]) for region in json.loads(regions.read_text("utf-8"))}
     return Run(
-        oracle(begun.day, regions),
+        oracle(day.day, regions),
         pairs(folder / "out.jsonl"),
         lines_of(folder / "server.jsonl"),
         json.loads((folder / "run.json").read_text(encoding="utf-8")),
-        foretell(begun.day, folder),
+        foretold(day.day),
         districts,
     )
 
@@ -189,34 +226,3 @@ def test_the_forecast_knew_how_long_it_would_take(run: Run) -> None:
     # Of newsdata alone, whose windows take seconds even at this speed: to the others, a slow start is a tenth.
     real = run.report["sources"]["newsdata"]["last_at"] * SPEED
     assert real == pytest.approx(run.foretold["sources"]["newsdata"]["last_at"], rel=0.1)
-
-
-def test_the_forecast_is_what_the_limits_allow_and_takes_no_time(news_data: Path, tmp_path: Path) -> None:
-    for day in sorted(news_data.glob("????-??-??.jsonl")):
-        began = time.monotonic()
-        sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
-        assert time.monotonic() - began < 2.0
-        calls = {name: source["calls"] for name, source in sources.items()}
-        assert calls["google"] <= 500
-        assert sources["google"]["last_at"] <= 1.05 * calls["google"] / 1.5
-        assert sources["gnews"]["last_at"] <= 1.1 * calls["gnews"]
-        assert sources["newsdata"]["last_at"] <= 900 * ((calls["newsdata"] - 1) // 30) + 40
-        for name, source in sources.items():        # nor less than they leave
-            rate = RATES[name] / SPEED
-            assert source["last_at"] >= (calls[name] - 1) / rate
-        assert sources["newsdata"]["last_at"] >= 900 * ((calls["newsdata"] - 1) // 30)
-
-
-def test_a_forecast_comes_true(world: str, news_data: Path, tmp_path: Path) -> None:
-    """At a speed at which the way to a loopback server and back is about as long as that to the real ones."""
-    day, speed, report = sorted(news_data.glob("????-??-??.jsonl"))[-1], 50, tmp_path / "run.json"
-    chosen = ("--replay", day, "--sources", "google,gnews")
-    done = run_cli(*chosen, "--speed", speed, world, "--out", tmp_path / "out.jsonl", "--report", report, "--quiet")
-    assert done.returncode == 0, done.stderr
-    real = json.loads(report.read_text(encoding="utf-8"))["sources"]
-    latency = sum(source["busy_seconds"] for source in real.values()) / sum(source["calls"] for source in real.values())
-    for more in ((), ("--latency", f"{latency * speed:.6f}")):
-        foretold = foretell(day, tmp_path, "--sources", "google,gnews", *more)["sources"]
-        for name, source in foretold.items():
-            assert real[name]["calls"] == source["calls"]
-            assert real[name]["last_at"] * speed == pytest.approx(source["last_at"], rel=0.1)

@@ -237,7 +237,7 @@ def test_a_source_for_asyncio_is_the_same_but_for_being_awaited(wire: Wire) -> N
 
 def test_what_was_used_of_the_limits_by_threads_is_used_for_asyncio_too(wire: Wire) -> None:
     wire.answer = b'{"results": []}'
-    source = create_newsdata_scheduler("k")
+    source = create_newsdata_scheduler("k", speed=10.0)     # so that filling the window takes no seconds
     plan, bihar, delhi = QueryGenerator(), get_region_by_slug("bihar"), get_region_by_slug("delhi")
     for _ in range(15):
         QueryExecutor([source], plan).run([bihar])      # two queries each time: the window is full
