@@ -129,8 +129,15 @@ class AsyncStream(Results[P, V]):
 
     async def aclose(self) -> None:
         """Stop the run at once and give up what runs; what was not handed out is in `report.results`."""
-        if not self._over:
-            session = self._begun()
+        if self._over:
+            return
+        session = self._session
+        if session is None:  # it has not begun, and is not to
+            session = self._make_session()
+            session.run.cancel("closed", session.clock.now())
+            session.leave()
+            self._closed(session)
+        else:
             cancelled = await _abort(session, "closed")
             report = self._closed(session)
             if cancelled is not None:

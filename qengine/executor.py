@@ -30,6 +30,7 @@ from .session import (
     Stream,
     check_live_limits,
     check_run,
+    refuse_async_predicate,
     result_of,
     threads_stage,
     timeout_verdict,
@@ -90,6 +91,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
             optional(require_callable, name, value)
             refuse_async(name, value, "a plain function: it is called where nothing is awaited")
+        refuse_async_predicate("policy.retry.retry_on", policy.retry)
         check_live_limits(policy.limits, stage.clock)
         self.stage = stage
         self._fn = fn

@@ -41,6 +41,7 @@ from .session import (
     Stream,
     check_live_limits,
     check_run,
+    refuse_async_predicate,
     result_of,
     threads_stage,
     timeout_verdict,
@@ -123,6 +124,7 @@ class Source:
         self.accepts = accepts
         self.cost = require_at_least("cost", cost, 0.0)
         self.max_abandoned = max_abandoned
+        refuse_async_predicate("retry.retry_on", retry)
         self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
 
     def make_lane(self, stage: Stage, clock: Clock, call: Callable[[Query[Any]], Any], lookahead: int) -> Lane:

@@ -21,7 +21,7 @@ from .core.limits import LimitSet
 from .core.run import Record, Run
 from .core.steps import Raised
 from .core.tree import Tree
-from .drivers.calls import task_of
+from .drivers.calls import refuse_async, task_of
 from .drivers.clock import SYSTEM_CLOCK, Clock
 from .drivers.threads import ThreadCrew
 from .drivers.virtual import VirtualClock
@@ -75,6 +75,12 @@ def check_run(name: str, inputs: object, cancel: object, kinds: tuple[type, ...]
     """Refuse what a run cannot be given."""
     check_inputs(name, inputs, kinds)
     optional(require_kind, "cancel", cancel, CancellationToken)
+
+
+def refuse_async_predicate(name: str, retry: RetryPolicy) -> None:
+    """Refuse an async predicate: it is asked where nothing is awaited."""
+    if not isinstance(retry.retry_on, tuple):
+        refuse_async(name, retry.retry_on, "a plain function: it is called where nothing is awaited")
 
 
 def check_live_limits(limits: Iterable[Limit], clock: Clock) -> None:

@@ -6,10 +6,10 @@ they are now, and are not touched: each gate has a twin on a clock that starts a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterable, Callable, Iterable, MutableMapping
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from .core.gate import Gate
 from .core.limits import LimitSet
@@ -17,17 +17,44 @@ from .drivers.calls import CurrentAttempt, refuse_async
 from .drivers.clock import Clock
 from .drivers.simulation import SimulatedCrew
 from .drivers.virtual import VirtualClock
-from .errors import optional, require_callable, require_duration, require_kind
-from .model import Query, RunReport
+from .errors import optional, refuse_type, require_callable, require_duration, require_kind
+from .executor import FunctionFace
+from .model import CollectionReport, Query, RunReport, Task
+from .query import HierarchyFace
 from .session import Reporting, Stage, check_run, run_blocking
+
+P = TypeVar("P")
+V = TypeVar("V")
 
 ITEM = "simulated item"
 """What a simulated query finds unless `outcome` says otherwise."""
 
 
+@overload
+def simulate(
+    executor: HierarchyFace,
+    inputs: Iterable[Any] | AsyncIterable[Any],
+    *,
+    latency: float | Callable[[CurrentAttempt], float],
+    outcome: Callable[[CurrentAttempt], Any] | None = None,
+    seed: int = 0,
+) -> CollectionReport[Any]: ...
+
+
+@overload
+def simulate(
+    executor: FunctionFace[P, V],
+    inputs: Iterable[P | Task[P]] | AsyncIterable[P | Task[P]],
+    *,
+    latency: float | Callable[[CurrentAttempt], float],
+    outcome: Callable[[CurrentAttempt], Any] | None = None,
+    seed: int = 0,
+) -> RunReport[P, V]: ...
+
+
 def simulate(
     executor: Any,
-    inputs: Iterable[Any],
+    inputs: Any,
     *,
     latency: float | Callable[[CurrentAttempt], float],
     outcome: Callable[[CurrentAttempt], Any] | None = None,
@@ -57,7 +84,9 @@ def simulate(
     >>> report.makespan
     3599.5
     """
-    require_kind("executor", executor, Reporting)
+    if not isinstance(executor, Reporting):
+        refuse_type("executor", executor, "an executor, such as a TaskScheduler or a QueryExecutor")
+    require_kind("seed", seed, int)
     check_run("inputs", inputs, None, executor.input_kinds)
     optional(require_callable, "outcome", outcome)
     for name, fn in (("latency", latency), ("outcome", outcome)):

@@ -133,13 +133,13 @@ class Gate:
             limits.settle(amount, now)
         if self.breaker is not None and not (verdict and self.breaker.spotless):
             with self._lock:
-                self.calm = object()
                 if verdict is None:
                     self.breaker.dropped(attempt)
                 elif verdict:
                     self.breaker.succeeded(attempt)
                 else:
                     opened = self.breaker.failed(attempt, now)
+                self.calm = object()  # only now: whoever sees the new mark sees what it stands for
         while self._watchers:
             self._watchers.pop()()
         return opened
@@ -165,13 +165,13 @@ class Gate:
         if breaker is None:
             return False
         with self._lock:
-            self.calm = object()
-            if breaker.state is CLOSED:
+            was_closed = breaker.state is CLOSED
+            if was_closed:
                 breaker.trip(now)
-                return True
-            if breaker.ready_at(now) <= now:
+            elif breaker.ready_at(now) <= now:
                 breaker.refuse_probe(now)
-            return False
+            self.calm = object()
+            return was_closed
 
     def watch(self, wake: Callable[[], object]) -> None:
         """Have `wake` called after the next outcome that may free a place."""

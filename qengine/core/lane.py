@@ -44,6 +44,7 @@ class Attempt:
     __slots__ = (
         "duration",
         "index",
+        "is_begun",
         "is_plain",
         "lane",
         "node",
@@ -64,6 +65,7 @@ class Attempt:
     def __init__(self, payload: Any, task: Task[Any] | None, lane: Lane) -> None:
         self.payload = payload
         self.task = task
+        self.is_begun = True  # the driver says so if it is not
         self.is_plain = task is None  # a bare payload of which nothing is to be remembered
         self.lane = lane
         self.number = 0

@@ -240,6 +240,7 @@ class Run:
 
     def _smoothen(self, lane: Lane, now: float) -> None:
         """Note if the turns of a lane are what most turns are, until something says otherwise (`_ruffle`)."""
+        calm = lane.gate.calm  # first: another thread may change the gate while it is being looked at
         if (
             not self._watched
             and not lane.accounts
@@ -253,7 +254,7 @@ class Run:
             and self.stop_reason is None
         ):
             lane.smooth = self._smooth
-            lane.calm = lane.gate.calm
+            lane.calm = calm
             lane.limited = lane.gate.active
 
     def _ruffle(self) -> None:
@@ -847,7 +848,8 @@ class Run:
         for attempt in sorted(self._running, key=_by_index):
             if attempt not in self._running:  # the one before has stopped the run
                 continue
-            deadline = attempt.started_at + attempt.timeout
+            # What is handed over to a worker that has not come to it yet cannot time out.
+            deadline = (attempt.started_at if attempt.is_begun else now) + attempt.timeout
             if deadline <= now:
                 self._time_out(attempt, now)
             else:

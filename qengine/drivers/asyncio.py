@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextvars import Context
+from collections.abc import Awaitable, Callable, Iterable
+from contextvars import Context, ContextVar
 from functools import partial
 from threading import get_ident
 from typing import Any, Generic, TypeVar
@@ -38,6 +38,14 @@ UNWIND_SECONDS = 0.040
 """How long, at the end of a run, tasks that were cancelled are waited for."""
 
 _left_behind: set[asyncio.Task[None]] = set()  # tasks that hang; a task that nobody holds may vanish while it waits
+
+
+def _differs(context: Context, base: Iterable[tuple[ContextVar[Any], Any]]) -> bool:
+    """Say whether a variable has another value: another object, for comparing values is for the user's own code."""
+    for variable, value in base:  # noqa: SIM110 - a generator would cost more than the comparisons
+        if context[variable] is not value:
+            return True
+    return False
 
 
 def _fault(error: BaseException, now: float) -> None:
@@ -75,6 +83,8 @@ class Inbox(Generic[T]):
     async def get(self) -> T:
         """Take the oldest out, waiting for it."""
         while not self._items:
+            if self._waiter is not None and not self._waiter.done():
+                raise RuntimeError("two tasks at once wait for the next result: a stream is for one at a time")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._items.popleft()
@@ -216,7 +226,7 @@ class TaskCrew(Crew):
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         set_current_worker(worker, self.clock)
-        base = context.copy()
+        count, base = len(context), tuple(context.items())
         task = asyncio.current_task()
         assert task is not None
         cancelling = task.cancelling
@@ -230,6 +240,7 @@ class TaskCrew(Crew):
                     continue
                 if type(work) is Attempt:
                     work.started_at = now_fn()  # not when it was handed over
+                    work.is_begun = True
                 while work is not None:
                     done: Any = work
                     if type(work) is Attempt:
@@ -248,7 +259,7 @@ class TaskCrew(Crew):
                         done, outcome = run.offered, (work, *await pull(work, now_fn))
                         goes_on = False
                     work = None
-                    if cancelling() or context != base:
+                    if cancelling() or len(context) != count or (count > 1 and _differs(context, base)):
                         self._retire(worker, done, outcome)
                         return
                     now = now_fn()
@@ -282,6 +293,7 @@ class TaskCrew(Crew):
                             worker.place = BUSY
                             if type(work) is Attempt:
                                 work.started_at = now_fn()
+                                work.is_begun = True
                 work = await mailbox.get()
         except asyncio.CancelledError as error:  # a stranger cancels all tasks of the loop, perhaps because it ends
             self._lose(worker, work, error)

@@ -250,6 +250,8 @@ class Crew:
     def _call(self, work: Work, worker: Worker) -> None:
         """Note that work was given to a worker, who has not picked it up yet."""
         work.worker = worker
+        if isinstance(work, Attempt):
+            work.is_begun = False
         worker.place = CALLED
         self._unclaimed[work] = worker
 

@@ -114,6 +114,7 @@ class SimulatedCrew(Crew):
         """Do what takes no time, up to a call that takes some."""
         while work is not None:
             if isinstance(work, Attempt):
+                work.is_begun = True
                 worker.work = work
                 seconds = self._seconds(work)
                 if seconds > 0:

@@ -108,9 +108,8 @@ class ThreadCrew(Crew):
             self._now_fn,
             self._pump,
         )
-        own = context.copy()
-        own.run(set_current_worker, worker, self.clock)
-        base = own.copy()
+        base = context.copy()
+        base.run(set_current_worker, worker, self.clock)
         work = mailbox.get()
         while work is not None:
             worker.place = BUSY  # before the claim: whoever finds it claimed may set GONE
@@ -119,17 +118,17 @@ class ThreadCrew(Crew):
                 continue
             if type(work) is Attempt:
                 work.started_at = now_fn()  # not when it was handed over
+                work.is_begun = True
             while work is not None:
                 if type(work) is Attempt:
                     worker.work = work
                     try:
-                        outcome = own.run(work.lane.call, work.payload)
+                        # Each in a context of its own: what it changes there is nobody else's.
+                        outcome = base.copy().run(work.lane.call, work.payload)
                         if type(outcome) not in PLAIN_VALUES:
                             check_value(outcome)
                     except BaseException as error:
                         outcome = raised(work, error)
-                    if own != base:  # the task changed a context variable: that is nobody else's
-                        own = base.copy()
                     work = pump(worker, work, outcome)
                     outcome = None  # an idle worker keeps no result alive
                 elif type(work) is Feed:

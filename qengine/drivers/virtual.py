@@ -263,7 +263,7 @@ class VirtualClock:
         if until <= self._now:
             return
         future = loop.create_future()
-        alarm = self.at(until, lambda: future.done() or future.set_result(None))
+        alarm = self.at(until, lambda: loop.is_closed() or future.done() or future.set_result(None))
         self.attach(loop)
         try:
             await future
