@@ -267,7 +267,7 @@ class Session:
         )
 
     def results(self, records: Iterable[Record]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
-        """Return what makes the results of some tasks, when they are looked at; it keeps nothing else alive."""
+        """Return what makes the results of some tasks, when they are looked at."""
         names, wall_offset = [lane.name for lane in self.run.lanes], self.wall_offset
         return lambda: list(_make_results(records, names, wall_offset))
 

@@ -168,6 +168,7 @@ class Run:
             self._late(attempt, outcome, now)
             return False
         lane.running -= 1
+        attempt.worker = None  # whoever keeps the attempt is not to keep its worker
         attempt.duration = now - attempt.started_at
         lane.busy_seconds += attempt.duration
         lane.last_answer = now

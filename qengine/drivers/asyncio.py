@@ -234,10 +234,11 @@ class TaskCrew(Crew):
         try:
             work = await mailbox.get()
             while work is not None:
-                worker.place = BUSY
                 if unclaimed.pop(work, None) is None:  # revoked in the same instant
+                    work = None
                     work = await mailbox.get()
                     continue
+                worker.place = BUSY
                 if type(work) is Attempt:
                     work.started_at = now_fn()  # not when it was handed over
                     work.is_begun = True
@@ -304,7 +305,7 @@ class TaskCrew(Crew):
         if was_given_up and worker.lender.busy:  # a thread goes on with it: the call is over when that returns
             worker.lender.on_return = partial(self._returned, done)
             return
-        if not was_given_up:
+        if not was_given_up and worker.task.cancelling():
             self._end_with_loop()
         self._pump(worker, done, outcome)
 

@@ -265,6 +265,7 @@ class Crew:
         target.worker.place = GONE
         target.worker.mailbox.put(None)
         self._interrupt(target.worker)
+        target.worker = None  # whoever keeps the attempt is not to keep its worker
         if isinstance(target, Attempt):
             tell_cancelled(target, step.reason)
 

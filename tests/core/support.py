@@ -65,8 +65,12 @@ class Trial:
         width: int | None = None, quiet: bool = False, **conditions: Any,
     ) -> None:
         find = lane_of or (lambda item: lanes[0])
+
+        def prepare(item: Any) -> Any:
+            return make_attempt(item, find(item)) if isinstance(item, Task) else (find(item), item)
+
         self.feed = None if inputs is None else Feed(
-            FeedKind.INPUTS, lambda: inputs, lambda item: make_attempt(item, find(item)), label="inputs",
+            FeedKind.INPUTS, lambda: inputs, prepare, label="inputs",
             lane=None if lane_of else lanes[0], handful=handful_of(lanes[0].capacity - lanes[0].concurrency),
         )
         self.quiet = quiet

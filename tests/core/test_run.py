@@ -731,6 +731,111 @@ def test_those_that_time_out_together_do_so_in_order() -> None:
     assert [index for _, _, index in trial.told("timeout")] == list(range(30))
 
 
+# ---- turns like most -------------------------------------------------------------------------------------------
+
+
+def smooth_trial(*limits: RateLimit | Window, **fields: Any) -> tuple[Trial, Attempt]:
+    """A run whose turns are taken the short way, and its only attempt."""
+    trial = Trial(make_lane(*limits, lookahead=50, **fields), data=range(90), quiet=True)
+    step: Any = trial.start(0.0)[0]
+    for second in range(1, 5):
+        step = trial.run.turn(step, "ok", float(second))
+        assert isinstance(step, Attempt) and step.payload == second
+    return trial, step
+
+
+def other_run_on(trial: Trial) -> Trial:
+    return Trial(make_lane(gate=trial.run.lanes[0].gate, retry=STEADY), data="z", now=4.5)
+
+
+@pytest.mark.parametrize("limits", [(), (RateLimit(per_second=1000, burst=5),)])
+def test_what_another_run_does_to_the_gate_is_seen_by_the_next_turn(limits: tuple[RateLimit, ...]) -> None:
+    trial, attempt = smooth_trial(*limits, breaker=BreakerPolicy(failures=1, reset_after=30.0))
+    other = other_run_on(trial)
+    other.fail(*other.start(4.5), 4.6)
+    step = trial.run.turn(attempt, "ok", 5.0)
+    assert isinstance(step, Wait) and step.until == 34.6
+
+
+def test_a_pause_by_another_run_is_seen_by_the_next_turn() -> None:
+    trial, attempt = smooth_trial()
+    other = other_run_on(trial)
+    other.throttle(*other.start(4.5), 4.6, 20.0)
+    step = trial.run.turn(attempt, "ok", 5.0)
+    assert isinstance(step, Wait) and step.until == 24.6
+
+
+def test_a_turn_after_the_last_token_waits_for_the_next() -> None:
+    trial, attempt = smooth_trial(RateLimit(per_second=0.25, burst=4))
+    step: Any = trial.run.turn(attempt, "ok", 4.0)
+    assert isinstance(step, Wait) and step.until == 8.0
+    assert isinstance(trial.run.next(step.until or 0.0), Attempt)
+
+
+def test_a_turn_after_the_last_of_the_budget_skips_the_rest() -> None:
+    trial, attempt = smooth_trial(budget=5)
+    assert trial.run.turn(attempt, "ok", 5.0) is DONE
+    assert trial.run.lanes[0].stats.skipped == {"budget_exhausted": 85}
+
+
+def test_a_task_among_bare_payloads_is_taken_in_its_place() -> None:
+    inputs = [*range(5), Task("task", timeout=3.0), *range(6, 10)]
+    trial = Trial(make_lane(lookahead=3), data=inputs, quiet=True)
+    step: Any = trial.start(0.0)[0]
+    seen = [step.payload]
+    while isinstance(step := trial.run.turn(step, "ok", float(len(seen))), Attempt):
+        seen.append(step.payload)
+    assert seen == [*range(5), "task", *range(6, 10)]
+    assert step is DONE
+
+
+def test_a_task_that_comes_back_goes_before_new_ones() -> None:
+    trial = Trial(make_lane(concurrency=2, retry=STEADY), data=range(90), quiet=True)
+    one, two = trial.start(0.0)
+    for second in (1.0, 2.0):
+        two = trial.run.turn(two, "ok", second)     # type: ignore[assignment]
+    trial.throttle(one, 2.5)                        # it waits for 1 s, and then for a worker
+    step: Any = trial.run.turn(two, "ok", 4.0)
+    assert isinstance(step, Attempt) and step is one
+
+
+def test_a_turn_of_a_lane_that_is_more_patient_does_not_hide_a_timeout() -> None:
+    patient, quick = make_lane(name="patient", timeout=30.0), make_lane(name="quick", timeout=1.0, max_abandoned=9)
+    trial = Trial(
+        patient, quick, inputs=range(40), lane_of=lambda item: quick if item else patient, quiet=True
+    )
+    _slow, step = trial.start(0.0)
+    for number in range(1, 6):
+        step = trial.run.turn(step, "ok", number / 2)       # type: ignore[assignment]
+        assert step.lane is quick
+    waits = trial.steps(2.5)[-1]
+    assert isinstance(waits, Wait) and waits.until is not None and waits.until <= 3.5
+    trial.steps(3.5)
+    assert trial.records[step.index].status is TIMEOUT
+
+
+def test_lanes_under_one_width_take_turns() -> None:
+    one, two = make_lane(name="one"), make_lane(name="two")
+    trial = Trial(one, two, inputs=range(40), lane_of=lambda item: two if item % 2 else one, width=1, quiet=True)
+    (step,) = trial.start(0.0)
+    seen = []
+    for second in range(1, 9):
+        seen.append(step.lane.name)
+        step = trial.run.turn(step, "ok", float(second))     # type: ignore[assignment]
+    assert seen.count("one") == seen.count("two") == 4
+
+
+def test_a_call_that_no_worker_has_come_to_cannot_time_out() -> None:
+    trial = Trial(make_lane(timeout=2.0, max_abandoned=9), data="ab")
+    (one,) = trial.start(0.0)
+    one.is_begun = False
+    assert trial.wait_until(3.0) == 5.0
+    one.started_at, one.is_begun = 3.5, True
+    assert trial.wait_until(5.0) == 5.5
+    trial.steps(5.5)
+    assert trial.told("timeout") == [(5.5, "timeout", 0)]
+
+
 # ---- one task that nobody wants any more ---------------------------------------------------------------------------
 
 
@@ -740,7 +845,7 @@ def test_a_task_withdrawn_is_cancelled_wherever_it_is_and_no_other() -> None:
     (running,) = trial.start(0.0)
     (second,) = trial.start(1.0)
     trial.fail(second, 1.0)
-    waiting = {attempt.payload: attempt for attempt in trial.records}
+    waiting = {attempt.payload: attempt for attempt in trial.records if attempt is not None}
     for name in ("running", "backing off", "low", "fifo"):
         trial.run.withdrawn(waiting[name], "nobody waits", 1.5)
     trial.run.withdrawn(running, "nobody waits", 1.5)
