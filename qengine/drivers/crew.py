@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from enum import Enum
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 from ..core.lane import Attempt, Feed
 from ..core.run import Run
@@ -38,15 +38,8 @@ class Place(Enum):
 BUSY, IDLE, CALLED, GONE = Place
 
 
-class Mailbox(Protocol):
-    """Where a worker finds its next work; None ends it."""
-
-    def put(self, work: Work | None, /) -> object:
-        """Put work in; never waits."""
-
-
 class Worker:
-    """Whatever runs attempts, one after the other."""
+    """Whatever runs attempts, one after the other; its mailbox, where its next work is put; None ends it."""
 
     __slots__ = ("mailbox", "place", "work")
 
