@@ -19,7 +19,6 @@ from qengine.news.sources import SOURCES
 SPEED = 2000
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A source of which something is wrong, and how it is collected from."""
