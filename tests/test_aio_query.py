@@ -384,7 +384,7 @@ def test_a_cancelled_collection_accounts_for_all_it_took(quietly: Quietly) -> No
                 async with asyncio.timeout(after):
                     await executor.run(f"{number}" for number in range(10**6))
             assert monotonic() - begin < after + 0.35
-            report: Any = vars(caught.value.__cause__)["report"]
+            report: Any = vars(caught.value.__cause__ or caught.value.__context__)["report"]
             assert report is executor.last_report
             assert report.intake_cut and report.stop_reason == "interrupted"
             counted = report.success_count + report.failure_count + report.cancelled_count + report.skipped_count

@@ -72,11 +72,17 @@ class Begun:
 
     def wait_until_quiet(self) -> None:
         """Wait until it does so little that the next one may begin."""
-        log, until = self.folder / "server.jsonl", time.monotonic() + 30
-        while not log.exists() or time.time() - log.stat().st_mtime < QUIET:
+        until = time.monotonic() + 30
+        while self._seconds_since_a_request() < QUIET:
             assert time.monotonic() < until, "the run does not become quiet"
             assert self.process.poll() in (None, 0), ended(self.process, timeout=1).stderr
             time.sleep(0.01)
+
+    def _seconds_since_a_request(self) -> float:
+        try:
+            return time.time() - (self.folder / "server.jsonl").stat().st_mtime
+        except FileNotFoundError:       # not yet: it is made, and unmade, when it is found out whether it can be
+            return 0.0
 
 
 def files(folder: Path) -> tuple[object, ...]:
