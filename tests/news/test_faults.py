@@ -16,6 +16,8 @@ from qengine.news import NewsServer
 from qengine.news.server import Fault, FaultKind
 from qengine.news.sources import SOURCES
 
+pytestmark = pytest.mark.not_under_coverage("it runs in processes of its own, which are not measured")
+
 SPEED = 2000
 
 

