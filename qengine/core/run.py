@@ -369,7 +369,12 @@ class Run:
     def _pull(self, feed: Feed, now: float) -> Feed:
         feed.pulling = True
         feed.pulled_at = now
-        feed.wanted = 1 if feed.slow else feed.handful if feed.lane is None or feed.node is not None else feed.lane.room
+        if feed.slow:
+            feed.wanted = 1
+        elif feed.lane is not None and feed.kind is FeedKind.INPUTS:
+            feed.wanted = feed.lane.room  # all of it is for this one lane
+        else:
+            feed.wanted = feed.handful
         if feed.hold_until == -INF:
             feed.hold_until = now + PULL_GRACE
         self._pulls.add(feed)

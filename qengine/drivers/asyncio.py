@@ -354,22 +354,21 @@ class TaskCrew(Crew):
     # ---- the time ----------------------------------------------------------------------------------------------------
 
     def _ring(self, worker: Worker | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._forget_alarm()
         self._timer = self.clock.alarm(self._loop, self._sleep_until, self._look)
 
     def _look(self) -> None:
-        # First forget the alarm: the pump sets it anew.
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._sleep_until = math.inf
+        self._forget_alarm()
+        self._sleep_until = math.inf  # the pump sets it anew
         self._pump(None, look_again, ())
 
-    def _conclude(self) -> None:
+    def _forget_alarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _conclude(self) -> None:
+        self._forget_alarm()
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)

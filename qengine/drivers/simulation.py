@@ -154,17 +154,17 @@ class SimulatedCrew(Crew):
     # ---- the time ----------------------------------------------------------------------------------------------------
 
     def _ring(self, worker: Worker | None) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
+        self._forget_alarm()
         self._alarm = self.clock.at(self._sleep_until, self._look, last=True)
 
     def _look(self) -> None:
-        # First forget the alarm: the pump sets it anew.
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._sleep_until = math.inf
+        self._forget_alarm()
+        self._sleep_until = math.inf  # the pump sets it anew
         self._pump(None, look_again, ())
 
-    def _conclude(self) -> None:
+    def _forget_alarm(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
+
+    def _conclude(self) -> None:
+        self._forget_alarm()
