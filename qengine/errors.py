@@ -49,11 +49,23 @@ class TaskTimeoutError(QEngineError, TimeoutError):
 
 
 class BudgetExceededError(QEngineError):
-    """A task was not tried: what its source may use in this run is used up."""
+    """Nothing was tried: what may be used, in a run or in a period of a quota, is used up."""
 
 
 class BreakerOpenError(QEngineError):
-    """A task was not tried: its source failed too often and its breaker is open."""
+    """Nothing was tried: the source failed too often and its breaker is open.
+
+    Args:
+        message: What happened, for people.
+        retry_after: Seconds until it is worth another try; None where nobody knows.
+    """
+
+    def __init__(self, message: str = "the breaker is open", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.retry_after)
 
 
 def refuse(name: str, value: object, allowed: str) -> NoReturn:

@@ -120,12 +120,12 @@ class Breaker:
 
     def trip(self, now: float) -> None:
         """Open it."""
-        self.state = BreakerState.OPEN
         self.spotless = False
-        self._probe = None
         self._probes_passed = 0
         reset_after = self._policy.reset_after * 2.0 ** min(self._reopens, 60)  # bounded: a float overflows at 2**1024
         self._reset_at = now + min(reset_after, self._policy.max_reset_after)
+        self._probe = None
+        self.state = BreakerState.OPEN  # last: a signal handler that raises before leaves no state with half its facts
 
     def refuse_probe(self, now: float) -> None:
         """Count a probe that was due but could not be made as one that failed."""
@@ -133,9 +133,9 @@ class Breaker:
         self.trip(now)
 
     def _close(self) -> None:
-        self.state = CLOSED
         self._failed_in_row = self._reopens = self._probes_passed = 0
         self._recent.clear()
+        self.state = CLOSED
         self.spotless = self._policy.failure_rate is None
 
     def _too_many_in_row(self) -> bool:
