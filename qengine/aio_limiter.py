@@ -1,4 +1,4 @@
-"""The rate limiter for asyncio: the line of `limiter.py`, with tasks for threads.
+"""The rate limiter for asyncio: the line of `line.py`, with tasks for threads.
 
 Rules: a task waits on its own event loop and touches no other; it is woken from another thread or loop by
 `call_soon_threadsafe`.  It takes its permits only after its last wait, so who is cancelled, at whatever instant, has
@@ -8,19 +8,34 @@ taken nothing; it leaves the line at once, and the next one goes on.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Protocol
+from threading import Lock
+from typing import Any, Protocol, Self
 from weakref import ref
 
+from .core.limits import LimitSet
 from .drivers.calls import is_async
 from .drivers.clock import CanCancel
 from .drivers.virtual import VirtualClock, clock_of
-from .errors import optional, refuse, refuse_type, require_callable
-from .limiter import LimiterBase, Line, Place, RateLimiter, open_line
+from .errors import optional, refuse, refuse_type, require_at_least, require_callable
+from .limiter import INF, ONE, LimiterBase, P, R, RateLimiter, ReservationBase
+from .line import Line, Place, open_line
 from .model import Amount
 from .policy import RateLimit, Window
+
+_ONE_STEP = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether a check and an assignment, with no call in between, are one step to all other threads.
+
+With a GIL they are: it changes hands at calls and backward jumps alone.  So tasks need no lock for the short path, which
+would cost them more than all the rest.  Where threads share the limiter, they take it: it holds under a tracer, too.
+"""
+
+_SHUT = LimitSet([RateLimit(per_second=1)], 0.0, Lock())
+"""Limits whose short path is never open."""
 
 _NEVER = 1e9
 """Seconds after which a loop would call something that it is only to keep."""
@@ -78,40 +93,73 @@ class LoopLatch:
     def _alarm(self, seconds: float) -> CanCancel:
         if self._clock is None:
             return self._loop.call_later(seconds, self._go_on)
-        return self._clock.alarm(self._loop, self._clock.now() + seconds, self._go_on)
+        alarm = self._clock.alarm(self._loop, self._clock.now() + seconds, self._go_on)
+        self._clock.attach(self._loop)
+        return alarm
 
     def _open(self) -> None:
         self._is_open = True
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
+        if self._waiting is not None and not self._waiting.done() and not self._loop.is_closed():
             self._waiting.set_result(None)
 
 
 class _Keeper:
-    """Keeps a place for as long as it is kept itself: by a loop, among its timers.  One that is closed drops them."""
+    """Keeps places for as long as it is kept itself: by a loop, among its timers.  One that is closed drops them."""
 
-    __slots__ = ("_line", "_place")
+    __slots__ = ("__weakref__", "_key", "_keepers", "_line", "places", "timer")
 
-    def __init__(self, line: Line, place: Place) -> None:
+    def __init__(self, line: Line, keepers: dict[int, ref[_Keeper]], loop: asyncio.AbstractEventLoop) -> None:
+        self.places: set[Place] = set()
         self._line = line
-        self._place = place
+        self._keepers = keepers
+        self._key = id(loop)
+        timer = loop.call_later(_NEVER, self)
+        try:
+            self.timer: Callable[[], asyncio.TimerHandle | None] = ref(timer)  # nobody else may hold it
+        except TypeError:  # a loop with timers of its own kind; its waiters leave when they are collected
+            self.timer = lambda: timer
+        keepers[self._key] = ref(self)
 
     def __call__(self) -> None:
         """Do nothing: a timer has to have something to call."""
 
+    def release(self, place: Place) -> None:
+        """Keep a place no more, and with the last one be kept no more."""
+        self.places.discard(place)
+        timer = self.timer()
+        if not self.places and timer is not None:
+            del self._keepers[self._key]
+            timer.cancel()
+
     def __del__(self) -> None:
-        self._line.leave(self._place)
+        places: set[Place] = getattr(self, "places", set())
+        while places:
+            place = next(iter(places))
+            try:
+                self._line.leave(place)
+            except BaseException:  # a signal handler raised, and nobody would hear of it: leaving again is harmless
+                continue
+            places.discard(place)
+            self._keepers.pop(self._key, None)
 
 
-def _keep(line: Line, place: Place) -> Callable[[], asyncio.TimerHandle | None]:
-    """Have the running loop keep a place; return what gives its timer, which nobody else may hold."""
-    timer = asyncio.get_running_loop().call_later(_NEVER, _Keeper(line, place))
-    try:
-        return ref(timer)
-    except TypeError:  # a loop with timers of its own kind; its waiters leave when they are collected
-        return lambda: timer
+def _keep(line: Line, keepers: dict[int, ref[_Keeper]], place: Place) -> ref[_Keeper]:
+    """Have the running loop keep a place; return what does, which only the loop may hold."""
+    loop = asyncio.get_running_loop()
+    known = keepers.get(id(loop))
+    keeper = (None if known is None else known()) or _Keeper(line, keepers, loop)
+    keeper.places.add(place)
+    return ref(keeper)
+
+
+def _release(kept: ref[_Keeper], place: Place) -> None:
+    """Have a place kept no more.  In a frame of its own: a traceback that goes through it would keep the keeper."""
+    keeper = kept()
+    if keeper is not None:
+        keeper.release(place)
 
 
 class AsyncRateLimiter(LimiterBase):
@@ -125,10 +173,12 @@ class AsyncRateLimiter(LimiterBase):
             VirtualClock that `now_fn` is of.
         initial: Tokens in each bucket at the start; None for full ones.
 
+    Use it by hand, as an async context manager, or as a decorator of coroutine functions: one permit each.
+
     Tasks of any number of event loops may share it, one loop after the other or each in a thread of its own.  A loop
     that stands still holds up who is behind a task of it; one that is closed does not.
 
-    Thread-safe.  O(number of limits), O(limit) for each window, and to wait with a timeout O(length of the line).
+    Thread-safe.  Costs as `RateLimiter` does.
 
     >>> clock = [0.0]
     >>> async def sleep(seconds: float) -> None:
@@ -148,11 +198,15 @@ class AsyncRateLimiter(LimiterBase):
         initial: float | None = None,
     ) -> None:
         optional(require_callable, "sleep_fn", sleep_fn)
-        clock = clock_of(now_fn if sleep_fn is None else sleep_fn)
+        line = _line_of(limits, now_fn, initial)
+        clock = clock_of(line.now_fn if sleep_fn is None else sleep_fn)
         if sleep_fn is not None and clock is None and not is_async(sleep_fn):
             refuse_type("sleep_fn", sleep_fn, "an async function: a plain one would hold up the event loop")
-        super().__init__(_line_of(limits, now_fn, initial))
-        self._sleep_fn = sleep_fn or (asyncio.sleep if clock is None else clock.sleep)
+        super().__init__(line)
+        is_own = not any(isinstance(limit, RateLimiter) for limit in limits)
+        self._short = self._limits if is_own and _ONE_STEP else _SHUT
+        self._sleep_fn = None if clock is not None else sleep_fn
+        self._keepers: dict[int, ref[_Keeper]] = {}
         self._make_latch: Callable[[], AsyncLatch] = LoopLatch if clock is None else partial(LoopLatch, clock)
 
     async def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
@@ -168,25 +222,105 @@ class AsyncRateLimiter(LimiterBase):
         Raises:
             ValueError: It could never be had.
         """
-        latest = self._take_at_once(amount, timeout)
-        if latest is None:
+        limits = self._short
+        next_at = limits.next_at
+        now_fn = self._now_fn
+        now = now_fn() - limits.origin
+        if next_at <= now and amount is ONE and timeout is None:
+            oldest = now - limits.reach
+            taken = (next_at if next_at > oldest else oldest) + limits.interval
+            if limits.next_at is next_at:
+                limits.next_at = taken
+                return True
+        return await self._acquire(amount, timeout)
+
+    async def _acquire(self, amount: Amount, timeout: float | None) -> bool:
+        optional(require_at_least, "timeout", timeout, 0.0)
+        if self.try_acquire(amount):
             return True
-        latch = self._make_latch()
-        place = Place(amount, latest, latch.wake)
-        steps = self._line.steps(place)
-        keeping = _keep(self._line, place)
-        heard: object = None
+        place = self._place(amount, timeout)
+        if place is None:
+            return False
+        kept = _keep(self._line, self._keepers, place)
         try:
-            while not isinstance(step := steps.send(heard), bool):
-                heard = await (latch.wait(step.seconds) if step.until_woken else self._sleep_fn(step.seconds))
-            return step
+            return await self._wait(place, self._line.join)
         finally:
             try:
                 self._line.leave(place)
             finally:
-                timer = keeping()
-                if timer is not None:
-                    timer.cancel()
+                _release(kept, place)
+
+    def reserve(self, amount: Amount = 1) -> AsyncReservation:
+        """Take a place in the line, without waiting there: see `RateLimiter.reserve`.
+
+        Raises:
+            ValueError: It could never be had.
+        """
+        self._check(amount)
+        return AsyncReservation(self, amount)
+
+    async def __aenter__(self) -> Self:
+        await self.acquire()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        return None
+
+    def __call__(self, fn: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        """Return a coroutine function that takes a permit, then does as `fn` does."""
+        require_callable("fn", fn)
+        if not is_async(fn, generators=False):
+            refuse_type("fn", fn, "a coroutine function: a plain one needs RateLimiter")
+
+        @functools.wraps(fn)
+        async def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+            await self.acquire()
+            return await fn(*args, **kwargs)
+
+        return limited
+
+    async def _wait(self, place: Place, begin: Callable[[Place], object]) -> bool:
+        """Wait in a place until it is its turn; return False if that cannot be, or if it was cancelled."""
+        latch = self._make_latch()
+        place.sleeps = self._sleep_fn is not None
+        place.wake = latch.wake
+        begin(place)
+        for step in self._line.steps(place):
+            if isinstance(step, bool):
+                return step
+            if step.may_sleep and self._sleep_fn is not None:
+                await self._sleep_fn(step.seconds)
+            else:
+                await latch.wait(step.seconds)
+        raise AssertionError  # the steps end with a bool
+
+
+class AsyncReservation(ReservationBase):
+    """A place in the line of an `AsyncRateLimiter`: as `Reservation`, with await.
+
+    Thread-safe.
+    """
+
+    __slots__ = ("_limiter",)
+
+    def __init__(self, limiter: AsyncRateLimiter, amount: Amount) -> None:
+        self._limiter = limiter
+        super().__init__(limiter._line, amount)
+
+    async def wait(self) -> bool:
+        """Wait for its turn; return True when its permits are taken, False if it was cancelled.
+
+        A task that is cancelled keeps the place, and may wait again or cancel it.
+        """
+        place = self._place
+        self._line.pass_due(self._line.now_fn())
+        try:
+            granted = await self._limiter._wait(place, lambda place: None)
+            if granted:
+                place.holder = None
+            return granted
+        finally:
+            self._line.rest(place)
 
 
 def _line_of(

@@ -1,235 +1,237 @@
 """The rate limiter for threads: several limits at once, first come first served, no polling, no background thread.
 
-Rules: the clock is read before a lock is taken; a permit is taken of every limit or of none.  Who must wait stands in
-a line: the head of it sleeps until its instant and takes its permits by the clock it wakes to, so nobody who wakes
-late takes what is no longer due; the others sleep until it is their turn.  A timeout that cannot be met is known, and
-refused, before anything is taken, and an interrupted waiter has taken nothing.
-
-How one waits is said once, in `Line`, step by step; a limiter for threads and one for asyncio (`aio_limiter.py`) each
-do the steps in their own way, and may share one line.
+Rules: a permit is taken of every limit or of none.  The clock is read before a lock is taken, and nothing is called while
+it is held.  Where one bucket is the only limit and nobody waits, a take is a comparison and an assignment of its float
+(the short path).  All else is the line's (`line.py`), which limiters for threads and for asyncio (`aio_limiter.py`) may
+share.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from threading import TIMEOUT_MAX, Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NoReturn, ParamSpec, Self, TypeVar
+from weakref import ref
 
-from .core.bucket import CATCH_UP
-from .core.limits import LimitSet, check_units
+from .core.limits import check_units, part_of
 from .drivers.calls import refuse_async
 from .drivers.virtual import VirtualLatch, clock_of
-from .errors import optional, refuse, require_amount, require_at_least, require_callable
-from .forks import restart_after_fork
+from .errors import optional, require_amount, require_at_least, require_callable
+from .line import Latch, Line, Place, ThreadLatch, check_declared, open_line
 from .model import Amount
-from .policy import RateLimit, Window, check_limits
+from .policy import RateLimit, Window
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ONE: Final[Amount] = 1
+"""The amount of one call, and as such the only one."""
+
+INF: Final = math.inf
 
 
-class Latch(Protocol):
-    """What one waits at.  It opens when something is to be looked at (a turn, an outcome) and shuts behind who waited.
+class Unique:
+    """What there is once, and no copy of."""
 
-    Woken before it is waited at, it lets the next wait through at once; woken twice, it does so once.
-    """
+    __slots__ = ()
 
-    def wake(self) -> object:
-        """Open it; from any thread, and never waiting for one."""
-
-    def wait(self, seconds: float) -> bool:
-        """Wait to be woken, at most so long; return whether it was."""
-
-
-class ThreadLatch:
-    """A latch for a thread, on real time."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._lock.acquire()
-
-    def wake(self) -> None:
-        """Open it."""
-        try:
-            self._lock.release()
-        except RuntimeError:  # woken twice
-            return
-
-    def wait(self, seconds: float) -> bool:
-        """Wait to be woken, at most so long; return whether it was."""
-        return self._lock.acquire(timeout=-1 if seconds == math.inf else min(max(0.0, seconds), TIMEOUT_MAX))
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: a copy would grant the same permits again; "
+            "hand on the object itself, and in another process make a new one"
+        )
 
 
-class Pause(NamedTuple):
-    """What one who waits does next: wait so many seconds at most to be woken, or sleep them out."""
-
-    seconds: float
-    until_woken: bool
-
-
-class Place:
-    """A place in a line: for how much one waits, until when at most, and how one is woken."""
-
-    __slots__ = ("amount", "has_left", "latest", "wake")
-
-    def __init__(self, amount: Amount, latest: float, wake: Callable[[], object]) -> None:
-        self.amount = amount
-        self.latest = latest
-        self.wake = wake
-        self.has_left = False
-
-
-class Line:
-    """The state of one or more limiters, and the places of those who wait for them, in the order they came.
-
-    Thread-safe.  To leave takes no lock: a waiting coroutine leaves when it is collected as garbage, and that may be
-    at any allocation, also at one of a thread that holds the lock.
-    """
-
-    def __init__(self, limits: LimitSet, now_fn: Callable[[], float]) -> None:
-        self.limits = limits
-        self.now_fn = now_fn
-        self.places: deque[Place] = deque()
-        self._lock = Lock()
-        self._watched = False
-        restart_after_fork(self)
-
-    def start_afresh(self) -> None:
-        """Be as new, with new locks; what a forked child does with each of its lines."""
-        self.places.clear()
-        self._lock = Lock()
-        self._watched = False
-        self.limits.renew(self.now_fn(), Lock())
-
-    def steps(self, place: Place) -> Generator[Pause | bool, object, None]:
-        """Join, and say step by step what to wait for; the last step is whether the permits are taken.
-
-        Who takes the steps sends in whether it was woken, and leaves the line afterwards, however that ends.
-        """
-        if not self._join(place):
-            yield False
-        while True:
-            now = self.now_fn()
-            ready_at = self._take(place, now)
-            if ready_at <= now:
-                yield True
-            elif ready_at == math.inf:
-                if not (yield Pause(place.latest - now, until_woken=True)):
-                    yield False
-            elif ready_at > place.latest:  # who was before it woke late
-                yield False
-            else:
-                yield Pause(ready_at - now, until_woken=False)
-
-    def leave(self, place: Place) -> None:
-        """Leave, and let the next one look; once is enough, and harmless for one who has never joined."""
-        if place.has_left:
-            return
-        try:
-            self.places.remove(place)
-        except ValueError:
-            pass
-        self._wake_head()
-        place.has_left = True  # last: who is interrupted before does it all again
-
-    def _join(self, place: Place) -> bool:
-        """Join, unless it is known by now that it would be for nothing."""
-        now = self.now_fn()
-        with self._lock:
-            if place.latest < math.inf:
-                amounts = [other.amount for other in self.places.copy()]  # others may leave meanwhile
-                ready_at = self.limits.foresee([*amounts, place.amount], now)
-                if place.latest < ready_at < math.inf:  # infinity: it hangs on an outcome, which may come in time
-                    return False
-            self.places.append(place)
-        return True
-
-    def _take(self, place: Place, now: float) -> float:
-        """Take if it may; return `now` if it did, else when to ask again (infinity: when woken)."""
-        if self.places[0] is not place:
-            return math.inf
-        ready_at = self.limits.try_take(place.amount, now, CATCH_UP)
-        if ready_at == math.inf:  # engines hold all the slots of a window: ask again after one of their outcomes
-            self._watch()
-            ready_at = self.limits.try_take(place.amount, now, CATCH_UP)
-        return ready_at
-
-    def _watch(self) -> None:
-        """Have the head woken after the next outcome; one watch is enough, however many come and give up."""
-        with self._lock:
-            if not self._watched:
-                self.limits.watch(self._outcome)
-                self._watched = True
-
-    def _outcome(self) -> None:
-        with self._lock:
-            self._watched = False
-        self._wake_head()
-
-    def _wake_head(self) -> None:
-        if self.places:
-            try:
-                head = self.places[0]
-            except IndexError:  # who was there has just left
-                return
-            head.wake()
-
-
-def open_line(limits: Sequence[object], now_fn: Callable[[], float] | None, initial: float | None) -> Line:
-    """Return the line of a new limiter, its arguments checked."""
-    checked = check_limits("limits", limits)
-    declared = [limit for limit in checked if isinstance(limit, (RateLimit, Window))]
-    if not declared or len(declared) < len(checked):
-        refuse("limits", limits, "one or more RateLimit and Window")
-    optional(require_callable, "now_fn", now_fn)
-    optional(require_at_least, "initial", initial, 0.0)
-    clock = time.monotonic if now_fn is None else now_fn
-    return Line(LimitSet(declared, clock(), Lock(), initial), clock)
-
-
-class LimiterBase:
+class LimiterBase(Unique):
     """What limiters for threads and for asyncio have in common: all but how they wait."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._places = line.places
         self._limits = line.limits
         self._now_fn = line.now_fn
 
     def try_acquire(self, amount: Amount = 1) -> bool:
-        """Take `amount` if it is there now; never waits, and never goes before one who does."""
-        require_amount("amount", amount)
-        check_units(amount, self._limits.units)
-        now = self._now_fn()
-        return not self._places and self._limits.fits(amount) and self._limits.try_take(amount, now) <= now
+        """Take `amount` if it is there now; never waits, and never goes before one who does.
+
+        False as well for what could never be had.
+        """
+        limits = self._limits
+        next_at = limits.next_at  # before the clock: who is held up in between is not refused for what others took
+        now_fn = self._now_fn
+        now = now_fn() - limits.origin
+        if amount is ONE:
+            if next_at > now:
+                return False if now < limits.horizon and limits.next_at is next_at else self._try_in_line(amount)
+            oldest = now - limits.reach
+            taken = (next_at if next_at > oldest else oldest) + limits.interval
+            with limits.lock:
+                if limits.next_at is next_at:
+                    limits.next_at = taken
+                    return True
+        return self._try_in_line(amount)
 
     @property
     def available_tokens(self) -> float:
-        """What every limit would grant now to one who need not wait in line."""
-        return self._limits.available(self._now_fn())
+        """What every limit would grant now to one who need not wait in line; below 0 where there is a debt."""
+        now = self._now_fn()
+        self._line.pass_due(now)
+        return self._limits.available(now)
+
+    def retry_after(self, amount: Amount = 1) -> float:
+        """Return the seconds after which `amount` could be had, behind all who wait; 0.0 if it could be had now.
+
+        Infinity where that hangs on the outcome of a call of an engine that shares the limiter.
+
+        Raises:
+            ValueError: It could never be had.
+        """
+        self._check(amount)
+        now = self._now_fn()
+        due_at = self._line.due_at(amount, now)
+        return due_at - now if due_at > now + self._limits.early else 0.0
+
+    def refund(self, amount: Amount) -> None:
+        """Give back `amount` of what was taken last; of a mapping, the units that it names."""
+        self._check_stated(amount)
+        self._line.refund(amount)
+
+    def charge(self, amount: Amount) -> None:
+        """Take `amount` at once, be it there or not; of a mapping, the units that it names.
+
+        What was not there is a debt, paid off before anybody else is served.
+        """
+        self._check_stated(amount)
+        self._line.charge(amount)
+
+    def pause_for(self, seconds: float) -> None:
+        """Let nothing through for so many seconds, as after a 429; a pause under way is never cut short."""
+        require_at_least("seconds", seconds, 0.0)
+        self._line.pause(seconds)
+
+    def set_limits(self, *limits: RateLimit | Window) -> None:
+        """Have other limits from now on, for those who wait as well.
+
+        A bucket keeps the tokens, a window what was taken, of its predecessor: the next one of its kind and unit.  One
+        without starts full.  Who waits for more than can be had now gets a ValueError.
+        """
+        self._line.declare(check_declared(limits))
 
     def as_limit_set(self) -> Any:
         """Return the state as an engine takes from it, on this limiter's own clock."""
-        return _Shared(self._limits, self._now_fn)
+        return _Shared(self._line)
 
-    def _take_at_once(self, amount: Amount, timeout: float | None) -> float | None:
-        """Take `amount` if nobody waits and it is there; None if it is taken, else until when it may be waited for."""
+    def _try_in_line(self, amount: Amount) -> bool:
+        """Try what is not one call, or is not the short path's."""
+        if amount is not ONE:
+            self._check_stated(amount)
+        limits = self._limits
+        while (next_at := limits.next_at) < INF:
+            (rule,) = limits.rules
+            part = part_of(amount, rule.unit)
+            now = self._now_fn() - limits.origin
+            oldest, interval = now - limits.reach, limits.interval
+            begin = next_at if next_at > oldest else oldest
+            taken = begin + part * interval
+            if now >= limits.horizon:
+                break
+            if part > rule.most or taken - interval > now:
+                return False
+            with limits.lock:
+                if limits.next_at is next_at:
+                    limits.next_at = taken
+                    return True
+        return self._line.try_take(amount)
+
+    def _check(self, amount: Amount) -> None:
         require_amount("amount", amount)
         check_units(amount, self._limits.units)
         self._limits.check(amount)
-        if timeout is not None:
-            require_at_least("timeout", timeout, 0.0)
+
+    def _check_stated(self, amount: Amount) -> None:
+        require_amount("amount", amount)
+        check_units(amount, self._limits.units)
+
+    def _place(self, amount: Amount, timeout: float | None) -> Place | None:
+        """Return a place for who has to wait; None if it is known by now that the timeout cannot be met."""
+        if amount is not ONE:
+            self._check(amount)
         now = self._now_fn()
-        if not self._places and self._limits.try_take(amount, now) <= now:
-            return None
-        return math.inf if timeout is None else now + timeout
+        if timeout is None:
+            return Place(amount, now)
+        due_at = self._line.due_at(amount, now)
+        # Infinity: it hangs on an outcome, which may come in time.
+        return Place(amount, now, now + timeout) if due_at <= now + timeout + self._limits.early or due_at == INF else None
 
     def __repr__(self) -> str:
-        rules = ", ".join(f"{rule.most:g} {rule.unit}" for rule in self._limits.rules)
-        return f"<{type(self).__name__} of at most {rules}: {self.available_tokens:g} available>"
+        waiting = self._line.count()
+        return (
+            f"<{type(self).__name__} of {', '.join(map(_in_words, self._limits.declared))}: "
+            f"{self.available_tokens:g} available, {waiting or 'nobody'} waiting>"
+        )
+
+
+def _in_words(limit: RateLimit | Window) -> str:
+    if isinstance(limit, Window):
+        return f"{limit.limit:g} {limit.unit} in any {limit.seconds:g} s"
+    return f"{limit.rate:g} {limit.unit}/s (burst {limit.burst:g})"
+
+
+class ReservationBase(Unique):
+    """A place in the line of a limiter, taken or to be taken: what it is in both worlds."""
+
+    __slots__ = ("__weakref__", "_line", "_place")
+
+    def __init__(self, line: Line, amount: Amount) -> None:
+        now = line.now_fn()
+        self._line = line
+        self._place = place = Place(amount, now)
+        place.holder = ref(self)
+        line.join(place)
+        line.pass_due(now)
+
+    @property
+    def ready_at(self) -> float:
+        """The instant, on the limiter's clock, at which its permits are taken, as things stand now.
+
+        Others that cancel move it up, a pause or a debt moves it back: so read it again after sleeping.  It stays as it
+        is once it has come.  Infinity when it was cancelled.
+        """
+        return self._read()[0]
+
+    @property
+    def delay(self) -> float:
+        """The seconds until then; 0.0 once they are taken."""
+        ready_at, now = self._read()
+        return max(0.0, ready_at - now) if ready_at > now + self._line.limits.early else 0.0
+
+    def cancel(self) -> bool:
+        """Give it back; those behind it move up.
+
+        What its instant has taken by then is given back as well, as if it had never been taken: but for what would have
+        run over meanwhile.  What `wait` has granted is used, and stays so.
+
+        Returns:
+            Whether there was anything to give back.
+        """
+        return self._line.cancel(self._place)
+
+    def _read(self) -> tuple[float, float]:
+        place, line = self._place, self._line
+        now = line.now_fn()
+        line.pass_due(now)
+        if place.taken_at is None and place.stands:
+            due_at = line.plan(place, now)
+            if place.taken_at is None and due_at is not None:
+                return due_at, now
+        return INF if place.taken_at is None else place.taken_at, now
+
+    def __repr__(self) -> str:
+        ready_at, now = self._read()
+        state = "cancelled" if ready_at == INF else f"ready in {max(0.0, ready_at - now):g} s"
+        return f"<{type(self).__name__} of {self._place.amount}: {state}>"
 
 
 class RateLimiter(LimiterBase):
@@ -237,19 +239,26 @@ class RateLimiter(LimiterBase):
 
     Args:
         limits: One or more `RateLimit` and `Window`; every one of them holds.
-        now_fn: Gives seconds as float; `time.monotonic` as it is when the limiter is made.
-        sleep_fn: Sleeps so many seconds; None for `time.sleep`, or for that of the VirtualClock that `now_fn` is of.
+        now_fn: Gives seconds as float; `time.monotonic` as it is when the limiter is made, so one that is made under
+            freezegun obeys it.
+        sleep_fn: Sleeps so many seconds, and cannot be woken: who is the first in the line sleeps by it.  None to wait on
+            real time, or on the VirtualClock that `now_fn` is of.
         initial: Tokens in each bucket at the start; None for full ones.
 
-    Thread-safe.  O(number of limits), O(limit) for each window, and to wait with a timeout O(length of the line).
+    Use it by hand, as a context manager, or as a decorator of plain functions: one permit each.
+
+    Thread-safe, and safe to use in a signal handler.  O(number of limits); a window costs O(square root of its limit); who
+    asks with a timeout behind others pays for those of them that nobody has yet worked out a date for.
 
     >>> clock = [0.0]
     >>> limiter = RateLimiter(RateLimit(per_second=1, burst=2), now_fn=lambda: clock[0])
     >>> [limiter.try_acquire() for _ in range(3)]
     [True, True, False]
     >>> clock[0] = 1.0
-    >>> limiter.try_acquire()
-    True
+    >>> limiter.try_acquire(), limiter.retry_after()
+    (True, 1.0)
+    >>> limiter
+    <RateLimiter of 1 calls/s (burst 2): 0 available, nobody waiting>
     """
 
     def __init__(
@@ -263,7 +272,7 @@ class RateLimiter(LimiterBase):
         refuse_async("sleep_fn", sleep_fn)
         super().__init__(open_line(limits, now_fn, initial))
         clock = clock_of(now_fn if sleep_fn is None else sleep_fn)
-        self._sleep_fn = sleep_fn or (time.sleep if clock is None else clock.sleep)
+        self._sleep_fn = None if clock is not None else sleep_fn
         self._make_latch: Callable[[], Latch] = ThreadLatch if clock is None else partial(VirtualLatch, clock)
 
     def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
@@ -279,48 +288,138 @@ class RateLimiter(LimiterBase):
         Raises:
             ValueError: It could never be had.
         """
-        latest = self._take_at_once(amount, timeout)
-        if latest is None:
+        if timeout is not None:
+            require_at_least("timeout", timeout, 0.0)
+        if self.try_acquire(amount):
             return True
-        latch = self._make_latch()
-        place = Place(amount, latest, latch.wake)
-        steps = self._line.steps(place)
-        heard: object = None
+        place = self._place(amount, timeout)
+        if place is None:
+            return False
+        line = self._line
         try:
-            while not isinstance(step := steps.send(heard), bool):
-                heard = latch.wait(step.seconds) if step.until_woken else self._sleep_fn(step.seconds)
-            return step
+            return self._wait(place, line.join)
         finally:
             try:
-                self._line.leave(place)
+                line.leave(place)
             except BaseException:  # a signal handler raised in the middle of it
-                self._line.leave(place)
+                line.leave(place)
                 raise
+
+    def reserve(self, amount: Amount = 1) -> Reservation:
+        """Take a place in the line, without waiting there.
+
+        >>> from qengine.testing import VirtualClock
+        >>> clock = VirtualClock()
+        >>> limiter = RateLimiter(RateLimit(per_second=1), now_fn=clock.now)
+        >>> first, second, third = limiter.reserve(), limiter.reserve(), limiter.reserve()
+        >>> first.delay, second.delay, third.delay
+        (0.0, 1.0, 2.0)
+        >>> second.cancel(), third.delay, third.wait(), clock.now()
+        (True, 1.0, True, 1.0)
+
+        Raises:
+            ValueError: It could never be had.
+        """
+        self._check(amount)
+        return Reservation(self, amount)
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Return a function that takes a permit, then does as `fn` does."""
+        require_callable("fn", fn)
+        refuse_async("fn", fn, "a plain function: an async one needs AsyncRateLimiter")
+
+        @functools.wraps(fn)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+            self.acquire()
+            return fn(*args, **kwargs)
+
+        return limited
+
+    def _wait(self, place: Place, begin: Callable[[Place], object]) -> bool:
+        """Wait in a place until it is its turn; return False if that cannot be, or if it was cancelled."""
+        latch = self._make_latch()
+        place.sleeps = self._sleep_fn is not None
+        place.wake = latch.wake
+        begin(place)
+        for step in self._line.steps(place):
+            if isinstance(step, bool):
+                return step
+            if step.may_sleep and self._sleep_fn is not None:
+                self._sleep_fn(step.seconds)
+            else:
+                latch.wait(step.seconds)
+        raise AssertionError  # the steps end with a bool
+
+
+class Reservation(ReservationBase):
+    """A place in the line of a limiter: what `reserve` returns.
+
+    Its permits are taken at its instant, `ready_at`, whether or not anybody waits for it: who has slept `delay`, and finds
+    it 0.0 then, may go on.  `wait` does that better: who wakes late is tested again by the clock it wakes to.
+
+    Thread-safe.
+    """
+
+    __slots__ = ("_limiter",)
+
+    def __init__(self, limiter: RateLimiter, amount: Amount) -> None:
+        self._limiter = limiter
+        super().__init__(limiter._line, amount)
+
+    def wait(self) -> bool:
+        """Wait for its turn; return True when its permits are taken, False if it was cancelled.
+
+        Who is interrupted keeps the place, and may wait again or cancel.
+        """
+        place = self._place
+        self._line.pass_due(self._line.now_fn())
+        try:
+            granted = self._limiter._wait(place, lambda place: None)
+            if granted:
+                place.holder = None
+            return granted
+        finally:
+            self._line.rest(place)
 
 
 class _Shared:
     """A limiter's state as a gate uses it: the run's instants are translated into those of the limiter's clock."""
 
-    def __init__(self, limits: LimitSet, now_fn: Callable[[], float]) -> None:
+    def __init__(self, line: Line) -> None:
+        limits = line.limits
+        self._line = line
         self._limits = limits
-        self.now_fn = now_fn
+        self.now_fn = line.now_fn
         self.key = limits
         self.has_windows = limits.has_windows
-        self.units = limits.units
         self.check = limits.check
-        self.undo = limits.undo
         self.watch = limits.watch
+
+    @property
+    def units(self) -> set[str]:
+        return self._limits.units
 
     def try_take(self, amount: Amount, now: float, slack: float = 0.0, held: bool = False) -> float:
         own = self.now_fn()
-        return now + (self._limits.try_take(amount, own, slack, held) - own)
+        return now + (self._line.take_beside(amount, own, slack, held and self.has_windows) - own)
 
     def take_call(self, now: float, slack: float) -> bool:
-        own = self.now_fn()
-        return self._limits.try_take(1, own, slack, True) <= own
+        return self.try_take(1, now, slack, True) <= now
 
-    def settle(self, amount: Amount, now: float) -> None:
-        self._limits.settle(amount, self.now_fn())
+    def settle(self, amount: Amount, now: float, used: Mapping[str, float] | None = None) -> None:
+        self._limits.settle(amount, self.now_fn(), used)
+        self._line.wake_first()
 
-    def twin(self, now: float, to: float, lock: Any) -> LimitSet:
+    def undo(self, amount: Amount) -> None:
+        self._limits.undo(amount)
+        self._line.wake_first()
+
+    def twin(self, now: float, to: float, lock: Any) -> Any:
         return self._limits.twin(self.now_fn(), to, lock)

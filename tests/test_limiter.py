@@ -272,7 +272,7 @@ def test_waiters_are_served_in_the_order_they_came() -> None:
     threads = [threading.Thread(target=wait, args=(number,)) for number in (1, 2, 3)]
     for number, thread in enumerate(threads, 1):
         thread.start()
-        while len(limiter._line.places) < number:      # only the line itself tells when somebody has joined it
+        while limiter._line.count() < number:      # only the line itself tells when somebody has joined it
             pass
     for number in (1, 2, 3):
         with moved:
@@ -451,7 +451,10 @@ def test_a_bad_argument_is_refused_by_name(make: Callable[[], object], kind: typ
 
 
 def test_the_words_of_a_limiter_name_its_limits() -> None:
-    assert "at most 5 calls" in repr(RateLimiter(RateLimit(per_second=1, burst=5)))
+    limiter = RateLimiter(RateLimit(per_second=1, burst=5), Window(30, 900))
+    assert repr(limiter) == (
+        "<RateLimiter of 1 calls/s (burst 5), 30 calls in any 900 s: 5 available, nobody waiting>"
+    )
 
 
 def test_waits_grow_by_one_interval_each(clock: Clock) -> None:

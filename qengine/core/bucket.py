@@ -4,9 +4,9 @@ The state is `zero_at`: the instant at which the bucket would hold no token, so 
 
     tokens(now) = min(burst, (now - zero_at) * rate)
 
-Taking n tokens moves the instant forward by n / rate.  Except for a refund it only grows: a stale or backward clock
-reading can refuse, but never mint a token.  The rule holds no state; who owns the state commits it by one assignment.
-(The generic cell rate algorithm, ITU-T I.371, in its virtual scheduling form.)
+Taking n tokens moves the instant forward by n / rate.  Unless something is given back it only grows: a stale or backward
+clock reading can refuse, but never mint a token.  The rule holds no state; who owns the state commits it by one
+assignment.  (The generic cell rate algorithm, ITU-T I.371, in its virtual scheduling form.)
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from __future__ import annotations
 from ..policy import RateLimit
 
 CATCH_UP = 0.020
-"""Seconds of late wake-ups that the engine makes good: declared as slack in the promise about windows."""
+"""Seconds of late wake-ups that are made good: declared as slack in the promise about windows."""
+
+EPSILON = 1e-9
+"""Seconds by which a taker may be early, at the least: so that the last bits of an instant refuse nobody."""
 
 
 def epsilon(now: float) -> float:
     """Return what two instants near `now` may differ by in the last bits: at least 1 ns, about 4 ulp."""
-    return 1e-9 + now * 9e-16 if now > 0 else 1e-9
+    return EPSILON + now * 9e-16 if now > 0 else EPSILON
 
 
 class TokenBucket:
@@ -38,27 +41,51 @@ class TokenBucket:
         return now - (self.span if tokens is None else min(self.span, tokens * self.interval))
 
     def ask(
-        self, zero_at: float, amount: float, now: float, slack: float = 0.0, held: bool = False
+        self,
+        zero_at: float,
+        amount: float,
+        now: float,
+        slack: float = 0.0,
+        held: bool = False,
+        early: float = EPSILON,
     ) -> tuple[float, float]:
         """Return when `amount` may be taken (`now` if it may be now), and the state once it is taken."""
         oldest = now - self.span - slack
         taken = (zero_at if zero_at > oldest else oldest) + amount * self.interval
-        return (taken if taken > now and taken > now + epsilon(now) else now), taken
+        return (taken if taken > now + early else now), taken
 
-    def settle(self, zero_at: float, amount: float, now: float) -> float:
-        """Return the state after the outcome of a call: a bucket counts admissions, so it is unchanged."""
-        return zero_at
+    def settle(self, zero_at: float, amount: float, now: float, used: float) -> float:
+        """Return the state after the outcome of a call that took `amount`, and turned out to have used `used`."""
+        if used > amount:
+            return self.charge(zero_at, used - amount, now)
+        return self.refund(zero_at, amount - used, now) if used < amount else zero_at
 
     def undo(self, zero_at: float, amount: float) -> float:
-        """Return the state as if `amount` had not been taken."""
+        """Return the state as if `amount` had not been taken a moment ago."""
         return zero_at - amount * self.interval
+
+    def refund(self, zero_at: float, amount: float, now: float) -> float:
+        """Return the state with `amount` more in it, but not above the burst."""
+        return max(zero_at - amount * self.interval, min(zero_at, now - self.span))
+
+    def charge(self, zero_at: float, amount: float, now: float, slack: float = 0.0, held: bool = False) -> float:
+        """Return the state with `amount` less in it, be it below nothing."""
+        return max(zero_at, now - self.span - slack) + amount * self.interval
+
+    def shifted(self, zero_at: float, seconds: float) -> float:
+        """Return the state where instants count from so many seconds later."""
+        return zero_at - seconds
 
     def moved(self, zero_at: float, now: float, to: float) -> float:
         """Return the state on another clock, which shows `to` where this one shows `now`."""
         return max(to - self.span, zero_at - now + to)
 
+    def taken_over(self, other: TokenBucket, zero_at: float, now: float) -> float:
+        """Return the state in place of another bucket's: its tokens, or its debt, stay."""
+        return now - min(self.most, other.available(zero_at, now)) * self.interval
+
     def available(self, zero_at: float, now: float) -> float:
-        """Return the tokens there now; below 0 where places in the line are taken."""
+        """Return the tokens there now; below 0 where there is a debt."""
         if self.interval == 0.0:
             return self.most
         return min(self.most, (now - zero_at) / self.interval)

@@ -89,8 +89,11 @@ def test_giving_back_never_fills_it_beyond_the_burst() -> None:
     assert ONE.available(ONE.undo(ONE.initial(0.0), 99), 0.0) == 3
 
 
-def test_an_outcome_changes_nothing() -> None:
-    assert ONE.settle(5.0, 1, 9.0) == 5.0
+def test_an_outcome_corrects_what_was_taken() -> None:
+    assert ONE.settle(5.0, 1, 9.0, 1) == 5.0
+    assert ONE.settle(8.0, 2, 9.0, 1) == 7.0, "too much was taken: one token back"
+    assert ONE.settle(8.0, 1, 9.0, 3) == 10.0, "an overrun is a debt"
+    assert ONE.settle(6.0, 3, 9.0, 1) == 6.0, "it is full already"
 
 
 def test_places_booked_in_the_line_show_as_a_debt() -> None:

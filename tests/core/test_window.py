@@ -6,7 +6,7 @@ import math
 import random
 
 from qengine import Window
-from qengine.core.window import RollingWindow, Slots
+from qengine.core.window import EMPTY, RollingWindow, Slots, live_slots
 
 THREE = RollingWindow(Window(3, 10))
 
@@ -38,7 +38,7 @@ def test_a_slot_that_is_held_runs_out_only_after_its_outcome() -> None:
     for now in (0.0, 0.0, 0.0):
         _, slots = THREE.ask(slots, 1, now, held=True)
     assert THREE.ask(slots, 1, 99.0, held=True)[0] == math.inf
-    slots = THREE.settle(slots, 1, 99.0)
+    slots = THREE.settle(slots, 1, 99.0, 1)
     assert THREE.ask(slots, 1, 100.0, held=True)[0] == 109.0
     assert THREE.available(slots, 109.0) == 1
 
@@ -47,9 +47,12 @@ def test_an_outcome_settles_a_slot_of_its_own_size() -> None:
     slots = THREE.initial(0.0)
     _, slots = THREE.ask(slots, 1, 0.0, held=True)
     _, slots = THREE.ask(slots, 2, 0.0, held=True)
-    slots = THREE.settle(slots, 1, 5.0)
+    slots = THREE.settle(slots, 1, 5.0, 1)
     assert THREE.ask(slots, 1, 5.0)[0] == 15.0
     assert THREE.ask(slots, 2, 5.0)[0] == math.inf
+    slots = THREE.settle(slots, 2, 6.0, 0.5)
+    assert THREE.available(slots, 6.0) == 1.5, "less was used than was taken"
+    assert THREE.available(THREE.settle(slots, 0, 6.0, 4), 6.0) == -2.5, "an overrun is a debt"
 
 
 def test_a_slot_given_back_is_free_at_once() -> None:
@@ -58,9 +61,29 @@ def test_a_slot_given_back_is_free_at_once() -> None:
     assert THREE.ask(slots, 2, 2.0)[0] == 10.0, "the last one was given back, not the oldest"
 
 
-def test_giving_back_what_was_never_taken_changes_nothing() -> None:
-    slots = filled(0.0)
-    assert THREE.undo(slots, 2) == slots
+def test_no_more_is_given_back_than_was_taken() -> None:
+    assert THREE.available(THREE.undo(filled(0.0), 2), 0.0) == 3
+
+
+def test_what_was_taken_last_is_given_back_first_and_only_what_has_not_run_out() -> None:
+    slots = filled(0.0, 4.0, 5.0)
+    assert list(live_slots(THREE.refund(slots, 1.5, 6.0))) == [(10.0, 1), (14.0, 0.5)]
+    assert list(live_slots(THREE.refund(slots, 5, 12.0))) == []
+
+
+def test_what_is_charged_counts_beyond_the_limit() -> None:
+    slots = THREE.charge(filled(0.0), 4, 1.0)
+    assert THREE.available(slots, 1.0) == -2
+    assert THREE.ask(slots, 1, 10.0)[0] == 11.0
+    assert THREE.ask(slots, 0, 10.0)[0] == 11.0, "a debt is paid off first"
+
+
+def test_another_window_takes_over_what_was_taken_and_has_not_run_out() -> None:
+    short = RollingWindow(Window(2, 3))
+    slots = short.taken_over(THREE, filled(0.0, 6.0), 8.0)
+    assert list(live_slots(slots)) == [(9.0, 1)]
+    long = RollingWindow(Window(2, 100))
+    assert list(live_slots(long.taken_over(THREE, filled(0.0, 6.0), 10.0))) == [(106.0, 1)]
 
 
 def test_slots_that_ran_out_are_forgotten() -> None:
@@ -68,7 +91,7 @@ def test_slots_that_ran_out_are_forgotten() -> None:
     for number in range(100):
         ready_at, slots = THREE.ask(slots, 1, 10.0 * number)
         assert ready_at == 10.0 * number
-    assert len(slots) <= 3
+    assert len(list(live_slots(slots))) <= 3
 
 
 def test_a_clock_step_locks_nobody_out_for_longer_than_the_step() -> None:
@@ -80,19 +103,19 @@ def test_a_clock_step_locks_nobody_out_for_longer_than_the_step() -> None:
 
 def test_slots_stay_in_order_of_expiry_when_the_clock_steps_back() -> None:
     slots = filled(100.0, 50.0)
-    assert [expires_at for expires_at, _ in slots] == [60.0, 110.0]
+    assert [ends_at for ends_at, _ in live_slots(slots)] == [60.0, 110.0]
     assert THREE.ask(slots, 2, 50.0)[0] == 60.0
 
 
 def test_no_period_ever_sees_more_than_the_limit() -> None:
     rng = random.Random(5)
     for _ in range(40):
-        limit, seconds = rng.randint(1, 6), rng.uniform(0.5, 20)
-        window, slots, now = RollingWindow(Window(limit, seconds)), (), 1e4
+        limit, seconds = rng.choice([1, 2, 6, 300]), rng.uniform(0.5, 20)
+        window, slots, now = RollingWindow(Window(limit, seconds)), EMPTY, 1e4
         taken: list[tuple[float, int]] = []
         for _ in range(200):
             now += rng.expovariate(limit / seconds)
-            amount = rng.randint(1, limit)
+            amount = rng.randint(1, max(1, limit // 50))
             ready_at, after = window.ask(slots, amount, now)
             room = limit - sum(size for at, size in taken if at + seconds > now)
             assert (ready_at == now) == (amount <= room)
