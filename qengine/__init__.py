@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from .breaker import BreakerState, CircuitBreaker
 from .drivers.calls import current_attempt
 from .drivers.handover import in_thread
 from .errors import (
@@ -19,7 +20,7 @@ from .errors import (
     TransientError,
 )
 from .executor import ConcurrentExecutor, TaskScheduler
-from .limiter import RateLimiter
+from .limiter import RateLimiter, Reservation
 from .manifest import RunManifest
 from .model import (
     CancellationToken,
@@ -35,6 +36,7 @@ from .model import (
 )
 from .policy import BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
 from .query import Plan, QueryExecutor, Source
+from .quota import Quota, QuotaAlert
 from .session import Stream
 from .simulation import simulate
 
@@ -70,8 +72,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BreakerOpenError",
     "BreakerPolicy",
+    "BreakerState",
     "BudgetExceededError",
     "CancellationToken",
+    "CircuitBreaker",
     "CollectionReport",
     "ConcurrentExecutor",
     "Event",
@@ -81,9 +85,12 @@ __all__ = [
     "Query",
     "QueryExecutor",
     "QueryResult",
+    "Quota",
+    "QuotaAlert",
     "RateLimit",
     "RateLimitError",
     "RateLimiter",
+    "Reservation",
     "RetryPolicy",
     "RunManifest",
     "RunReport",

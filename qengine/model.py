@@ -110,8 +110,10 @@ class Query(Task[P]):
 class TaskResult(Generic[P, V]):
     """What became of one task.
 
-    `attempts` counts the calls made that count; `usage` is what they used, by unit; `started_at` (seconds since the
-    epoch) and `duration` (seconds) are the last attempt's, None and 0.0 where there was none.
+    `attempts` counts the calls made that count; `usage` is what all calls made used, those that were throttled too, by
+    unit: "calls", and what each recorded (`current_attempt().record`), else what the task's `amount` names, and the
+    "cost" of its source.  `started_at` (seconds since the epoch) and `duration` (seconds) are the last attempt's, None
+    and 0.0 where there was none.
     """
 
     task: Task[P]
@@ -155,8 +157,10 @@ class SourceReport:
     """What one source, or one lane, did in a run.
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
-    `RateLimitError`; `first_at` and `last_at` are the instants of its first and last answer, in seconds since the
-    run's start.
+    `RateLimitError`; `usage` is the sum of its results' usage, and `cost` that of the unit "cost"; `first_at` and
+    `last_at` are the instants of its first and last answer, in seconds since the run's start.  `remaining_quota` is
+    what its quota had left at the end, in the quota's unit; `remaining_budget` the calls it could still have made: the
+    smaller of budget and quota, where that counts calls.  None where there is none.
     """
 
     name: str
@@ -171,6 +175,7 @@ class SourceReport:
     cost: float = 0.0
     usage: dict[str, float] = field(default_factory=dict)
     remaining_budget: float | None = None
+    remaining_quota: float | None = None
     first_at: float | None = None
     last_at: float | None = None
 
@@ -247,7 +252,7 @@ class RunReport(Generic[P, V]):
 
     @property
     def usage(self) -> dict[str, float]:
-        """What was used in all, by unit."""
+        """What was used in all, by unit: the sum of the results' usage."""
         total: dict[str, float] = {}
         for source in self.by_source.values():
             for unit, amount in source.usage.items():
@@ -256,7 +261,7 @@ class RunReport(Generic[P, V]):
 
     @property
     def total_cost(self) -> float:
-        """What the calls cost, in the currency of `Source.cost`."""
+        """The usage of the unit "cost": what the calls cost, in the currency of `Source.cost`."""
         return sum(source.cost for source in self.by_source.values())
 
     @property
@@ -310,7 +315,7 @@ class CollectionReport(RunReport[P, Any]):
 
     @property
     def remaining_budgets(self) -> dict[str, float | None]:
-        """What each source has left; None where it has no budget."""
+        """The calls that each source has left in its budget, or its quota if that is less; None where it has none."""
         return {name: source.remaining_budget for name, source in self.by_source.items()}
 
 

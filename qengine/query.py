@@ -32,6 +32,7 @@ from .errors import (
 )
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
 from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits
+from .quota import Quota
 from .session import (
     Face,
     OwnedGate,
@@ -80,6 +81,10 @@ class Source:
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         concurrency: Calls at once.
         budget: Calls in one run; None for no bound.
+        quota: A live `Quota`; None for none.  All who have the same one share it.  Each attempt reserves what its
+            query's amount is of the quota's unit, and when it ends commits that, or what it has recorded of the unit.
+            A query that finds too little left is SKIPPED as `budget_exhausted`, a retry keeps the failure it had.  The
+            quota goes by its own clock, also in a run on a VirtualClock: `now_fn=clock.wall_time` has its days pass.
         breaker: When it is left alone after failures; None for never.
         retry: Whether and when a failed call is made again.
         timeout: Seconds for one call; None for no bound.
@@ -97,6 +102,7 @@ class Source:
         limits: Sequence[Limit] = (),
         concurrency: int = 1,
         budget: int | None = None,
+        quota: Quota | None = None,
         *,
         breaker: BreakerPolicy | None = None,
         retry: RetryPolicy = RetryPolicy(),
@@ -111,6 +117,7 @@ class Source:
         optional(require_callable, "accepts", accepts)
         optional(require_kind, "breaker", breaker, BreakerPolicy)
         optional(require_count, "budget", budget, 0)
+        optional(require_kind, "quota", quota, Quota)
         optional(require_positive, "timeout", timeout)
         optional(require_count, "max_abandoned", max_abandoned)
         self.name = name
@@ -118,6 +125,7 @@ class Source:
         self.limits = check_limits("limits", limits)
         self.concurrency = require_count("concurrency", concurrency)
         self.budget = budget
+        self.quota = quota
         self.breaker = breaker
         self.retry = require_kind("retry", retry, RetryPolicy)
         self.timeout = timeout
@@ -142,6 +150,7 @@ class Source:
             retries_timeouts=timeout_verdict(self.retry),
             timeout=self.timeout,
             budget=self.budget,
+            quota=None if self.quota is None else stage.account(self.quota),
             max_abandoned=self.max_abandoned,
             cost=self.cost,
         )

@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from queue import Empty
 from threading import Lock
 from typing import Any, Generic, Self, TypeVar
@@ -29,6 +29,7 @@ from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kin
 from .forks import restart_after_fork
 from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
 from .policy import BreakerPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
+from .quota import Account, Quota
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -55,6 +56,10 @@ class Stage:
         """Return the gate of a key for a run, made when it first comes up."""
         gate = gates.get(key)
         return gates.setdefault(key, make(self.clock)) if gate is None else gate
+
+    def account(self, quota: Quota) -> Account:
+        """Return what a run takes from in the place of a quota."""
+        return quota.as_account()
 
 
 def threads_stage(clock: VirtualClock | None) -> Stage:
@@ -127,8 +132,7 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
     task = task_of(attempt)
     outcome = attempt.outcome
     raised = type(outcome) is Raised
-    calls = attempt.number
-    started = calls > 0
+    started = attempt.number > 0
     assert attempt.status is not None
     return (QueryResult if isinstance(task, Query) else TaskResult)(
         task=task,
@@ -136,18 +140,12 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
         value=None if raised else outcome,
         error=outcome.error if raised else None,
         reason=attempt.reason,
-        attempts=calls,
-        usage=_usage(task, calls),
+        attempts=attempt.number,
+        usage=attempt.usage,
         source=attempt.lane.name,
         started_at=attempt.started_at + wall_offset if started else None,
         duration=attempt.duration if started else 0.0,
     )
-
-
-def _usage(task: Task[Any], calls: int) -> dict[str, float]:
-    """Return what so many calls of a task used, by unit."""
-    declared = task.amount if isinstance(task.amount, Mapping) else {}
-    return {**{unit: amount * calls for unit, amount in declared.items()}, "calls": float(calls)}
 
 
 class Session:
@@ -179,6 +177,8 @@ class Session:
         self._on_event = on_event
         self._telling = Lock()
         self._on_event_failed = False
+        accounts = dict.fromkeys(lane.quota for lane in lanes if isinstance(lane.quota, Account))
+        self._accounts = [account for account in accounts if account.has_alerts]
         self._make_report = make_report
         self._cancel = cancel
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -196,7 +196,10 @@ class Session:
             emit=None if on_event is None else self._events.append,
         )
         self.crew = stage.make_crew(
-            self.run, clock, deliver=deliver, after_pump=None if on_event is None else self._tell
+            self.run,
+            clock,
+            deliver=deliver,
+            after_pump=None if on_event is None and not self._accounts else self._tell,
         )
         clock.enter(self)
 
@@ -235,8 +238,7 @@ class Session:
         self.leave()
         if self.crew.fault is not None:
             raise self.crew.fault
-        if self._on_event is not None:
-            self._tell()
+        self._tell()
 
     def leave(self) -> None:
         """Let go of the cancellation token and the clock."""
@@ -279,6 +281,11 @@ class Session:
                     self._tell_one(self._events.popleft())
             finally:
                 self._telling.release()
+        for account in self._accounts:
+            try:
+                account.tell()
+            except BaseException:  # as above
+                _log.exception("on_alert raised; the run goes on")
 
     def _tell_one(self, event: Event) -> None:
         assert self._on_event is not None
@@ -301,7 +308,7 @@ def _make_results(
                 TaskStatus.SUCCEEDED,
                 value,
                 attempts=1,
-                usage={"calls": 1.0},
+                usage={"calls": 1.0},  # a bare payload, not a query: no source has a price on it
                 source=names[lane],
                 started_at=started_at + wall_offset,
                 duration=duration,

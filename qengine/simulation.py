@@ -1,7 +1,7 @@
 """`simulate`: what a run would be, before a call is spent.
 
-Rules: nothing is called but the plan and the inputs.  The limits, breakers and budgets are those of the executor as
-they are now, and are not touched: each gate has a twin on a clock that starts at 0.
+Rules: nothing is called but the plan and the inputs.  The limits, breakers, budgets and quotas are those of the
+executor as they are now, and are not touched: each gate has a twin on a clock that starts at 0.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .errors import optional, refuse_type, require_callable, require_duration, r
 from .executor import FunctionFace
 from .model import CollectionReport, Query, RunReport, Task
 from .query import HierarchyFace
+from .quota import Account, Quota
 from .session import Reporting, Stage, check_run, run_blocking
 
 P = TypeVar("P")
@@ -123,6 +124,7 @@ class _Prediction(Stage):
         self._begun_at = self._real.now()
         self._start = clock.now()
         self._twins: dict[object, LimitSet] = {}
+        self._accounts: dict[Quota, Account] = {}
 
     def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
         """Return the twin of a gate, or of the one that there would be."""
@@ -130,3 +132,12 @@ class _Prediction(Stage):
         if gate is not None:
             return gate.twin(self._begun_at, self._start, Lock, self._twins)
         return make(self._real).twin(self._real.now(), self.clock.now(), Lock, self._twins)
+
+    def account(self, quota: Quota) -> Account:
+        """Return the twin of a quota's state, for which it is now and whose days pass in the simulation."""
+        account = self._accounts.get(quota)
+        if account is None:
+            live = quota.as_account()
+            offset = live.now_fn() - self._start
+            account = self._accounts[quota] = live.twin(lambda: self.clock.now() + offset)
+        return account

@@ -25,12 +25,13 @@ from qengine import (
 
 POLICY = "RateLimit Window RetryPolicy BreakerPolicy StopConditions ExecutionPolicy RunManifest"
 MODEL = "Task TaskStatus TaskResult Query QueryResult RunReport CollectionReport Event CancellationToken"
-ENGINE = "RateLimiter current_attempt ConcurrentExecutor TaskScheduler Source Plan QueryExecutor Stream"
+PARTS = "RateLimiter Reservation CircuitBreaker BreakerState Quota QuotaAlert current_attempt"
+ENGINE = "ConcurrentExecutor TaskScheduler Source Plan QueryExecutor Stream"
 FUNCTIONS = "in_thread simulate"
 ERRORS = "QEngineError TaskError TransientError RateLimitError TaskTimeoutError BudgetExceededError BreakerOpenError"
 
 
-@pytest.mark.parametrize("name", f"{POLICY} {MODEL} {ENGINE} {FUNCTIONS} {ERRORS}".split())
+@pytest.mark.parametrize("name", f"{POLICY} {MODEL} {PARTS} {ENGINE} {FUNCTIONS} {ERRORS}".split())
 def test_a_public_name_is_offered_and_listed(name: str) -> None:
     assert getattr(qengine, name).__module__.startswith("qengine.")
     assert name in qengine.__all__

@@ -1014,7 +1014,8 @@ class Oracle:
         most = story.given_up if self.vague else story.revocable(self.exact)
         self.claim(0 <= revoked <= most, f"{name} after {result.attempts} attempts")
         self.claim(result.attempts <= self.lane(story).retry.max_attempts, f"{name} after {result.attempts} attempts")
-        self.claim(result.usage.get("calls") == result.attempts, f"{name}: {result.usage}")
+        throttled = sum(one.then == "throttled" for one in story.tries)     # they are calls, but no attempts
+        self.claim(result.usage.get("calls") == result.attempts + throttled, f"{name}: {result.usage}")
         self.claim(result.source == story.lane == job.lane, f"{name} in {result.source}")
         self.claim((result.status is TaskStatus.CANCELLED) <= stopped, f"{name}, but nothing stopped the run")
         if self.stop is not None and status is TaskStatus.CANCELLED:

@@ -1,19 +1,50 @@
 """A gate: the limits of one source that outlive a run.
 
 Rules: several limits are all-or-nothing: all are asked, then all taken, and a refused attempt has taken nothing, not
-even a breaker's probe.  A gate belongs to an executor or a source and may serve several runs at once.
+even a breaker's probe.  A gate belongs to an executor or a source and may serve several runs at once.  Who waits
+for an instant is told when that may have come nearer, because a call used less than was reserved for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from ..model import Amount
 from ..policy import BreakerPolicy
 from .breaker import CLOSED, Breaker
 from .bucket import CATCH_UP
 from .limits import LimitSet, Lock, check_units
+
+
+class Relief:
+    """Has those who wait at a gate look again after something was given back to a set of limits.
+
+    It takes no lock: whoever gives back may be a signal handler.
+    """
+
+    __slots__ = ("_is_armed", "_limits", "_waiting")
+
+    def __init__(self, limits: LimitSet, waiting: dict[object, Callable[[], object]]) -> None:
+        self._limits = limits
+        self._waiting = waiting
+        self._is_armed = False
+
+    def arm(self) -> None:
+        """Be called after the next outcome that the limits are told of."""
+        if not self._is_armed:
+            self._is_armed = True
+            self._limits.watch(self)
+
+    def __call__(self) -> None:
+        self._is_armed = False  # first: who begins to wait now arms it again
+        waiting = self._waiting
+        while waiting:
+            try:
+                _, wake = waiting.popitem()
+            except KeyError:  # another one of the gate's took the last
+                return
+            wake()
 
 
 class Gate:
@@ -27,12 +58,15 @@ class Gate:
         "_lock",
         "_paused_until",
         "_policy",
+        "_reliefs",
         "_take",
+        "_waiting",
         "_watchers",
         "_windows",
         "active",
         "breaker",
         "calm",
+        "has_windows",
         "take_call",
     )
 
@@ -47,6 +81,7 @@ class Gate:
         self._take = self._take_all if only is None else only.try_take
         self.take_call = self._take_one_of_all if only is None else only.take_call
         self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
+        self.has_windows = bool(self._windows)
         self._policy = breaker
         self.renew(lock)
 
@@ -54,6 +89,8 @@ class Gate:
         """Be as new but for the limits, which are others' to renew; with a new lock."""
         self._lock = lock
         self._watchers: list[Callable[[], object]] = []
+        self._waiting: dict[object, Callable[[], object]] = {}
+        self._reliefs = [Relief(limits, self._waiting) for limits in self._limit_sets]
         self._paused_until = -math.inf
         self.breaker = None if self._policy is None else Breaker(self._policy)
         self.calm = object()
@@ -74,16 +111,22 @@ class Gate:
             other.pause(self._paused_until - now + to)
         return other
 
-    def check(self, amount: Amount) -> None:
-        """Refuse an amount that could never be had."""
-        check_units(amount, {unit for limits in self._limit_sets for unit in limits.units})
+    @property
+    def units(self) -> set[str]:
+        """What its limits count."""
+        return {unit for limits in self._limit_sets for unit in limits.units}
+
+    def check(self, amount: Amount, others: Set[str] = frozenset()) -> None:
+        """Refuse an amount that could never be had, or of a unit that neither it nor others count."""
+        check_units(amount, self.units | others)
         for limits in self._limit_sets:
             limits.check(amount)
 
     def admit(self, attempt: object, amount: Amount, now: float) -> float:
         """Let an attempt through if all say yes; return `now` or before, else when to ask again.
 
-        Infinity means: after an outcome, be it of this run or of another that shares the gate.
+        Infinity means: after an outcome, be it of this run or of another that shares the gate.  Any other instant may
+        come nearer, see `await_relief`.
         """
         if self._paused_until > now:
             return self._paused_until
@@ -123,14 +166,24 @@ class Gate:
         """Say whether tasks should be skipped: the breaker is open and not worth waiting for."""
         return self.breaker is not None and self.breaker.state is not CLOSED and self.breaker.skips(now)
 
-    def ended(self, attempt: object, amount: Amount, now: float, verdict: bool | None) -> bool:
+    def ended(
+        self,
+        attempt: object,
+        amount: Amount,
+        now: float,
+        verdict: bool | None,
+        used: Mapping[str, float] | None = None,
+    ) -> bool:
         """Say that an attempt ended: from here its window slots run out.  Return whether the breaker opened.
 
-        `verdict`: whether the source did well; None where the outcome says nothing about the source.
+        Args:
+            verdict: Whether the source did well; None where the outcome says nothing about the source.
+            used: What it really used, by unit: too much is given back, an overrun is a debt.  A unit that is not
+                named, and None all of them, as reserved.
         """
         opened = False
-        for limits in self._windows:
-            limits.settle(amount, now)
+        for limits in self._windows if used is None else self._limit_sets:
+            limits.settle(amount, now, used)
         if self.breaker is not None and not (verdict and self.breaker.spotless):
             with self._lock:
                 if verdict is None:
@@ -148,6 +201,13 @@ class Gate:
         """Give back what an attempt took that was never made."""
         for limits in self._limit_sets:
             limits.undo(amount)
+
+    def retract(self, attempt: object, amount: Amount) -> None:
+        """Take back an admission in the instant in which it was given: something else said no."""
+        self.revoke(amount)
+        if self.breaker is not None:
+            with self._lock:
+                self.breaker.dropped(attempt)
 
     def pause(self, until: float) -> None:
         """Let nothing through before that instant."""
@@ -179,3 +239,20 @@ class Gate:
         self.calm = object()
         for limits in self._windows:
             limits.watch(wake)
+
+    def await_relief(self, who: object, wake: Callable[[], object]) -> bool:
+        """Have `wake` called, once, when the instant that `who` waits for may have come nearer.
+
+        Returns:
+            Whether that is new, so that it has to be asked again, lest something was given back in between.
+        """
+        if who in self._waiting or not self._reliefs:
+            return False
+        self._waiting[who] = wake
+        for relief in self._reliefs:
+            relief.arm()
+        return True
+
+    def forget(self, who: object) -> None:
+        """Call nobody for `who` any more."""
+        self._waiting.pop(who, None)

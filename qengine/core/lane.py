@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+from ..errors import refuse
 from ..model import Amount, SourceReport, Task, TaskStatus
 from ..policy import RetryPolicy
 from .gate import Gate
+from .limits import part_of
+from .quota import Allowance, Hold
 
 Rank = tuple[Any, ...]
 
@@ -25,13 +28,15 @@ SLOW_PULL = 0.0002
 class Trail:
     """What only few tasks need to remember between their attempts."""
 
-    __slots__ = ("error", "give_up_at", "has_budget", "throttles")
+    __slots__ = ("error", "give_up_at", "has_budget", "recorded", "throttles", "uncounted")
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.give_up_at = math.inf
         self.has_budget = False
         self.throttles = 0
+        self.uncounted = 0  # calls that were throttled, and are no attempts
+        self.recorded: list[Mapping[str, float]] = []  # of those calls that recorded what they used
 
 
 class Attempt:
@@ -43,6 +48,7 @@ class Attempt:
 
     __slots__ = (
         "duration",
+        "hold",
         "index",
         "is_begun",
         "is_plain",
@@ -74,7 +80,7 @@ class Attempt:
         self.outcome: Any = None
         self.reason: str | None = None
         self.trail: Trail | None = None
-        self.view: Any = None  # what the task sees of its attempt; the driver's
+        self.view: Any = None  # what the task sees of its attempt, while it runs; the driver's, but for what it `used`
 
     # Set by the core before anybody reads them; annotated only, because each assignment here costs every task.
     index: int
@@ -82,12 +88,26 @@ class Attempt:
     duration: float
     timeout: float
     worker: Any
+    hold: Hold  # where the lane has a quota
     node: Any  # of a query: the NodeKey of its node
 
     @property
     def amount(self) -> Amount:
         """What it uses of each limit."""
         return 1 if self.task is None else self.task.amount
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """What all calls made for the task used, by unit."""
+        trail = self.trail
+        recorded = [] if trail is None else trail.recorded
+        calls = self.number if trail is None else self.number + trail.uncounted
+        rest = calls - len(recorded)
+        usage = {unit: used * rest for unit, used in self.lane.used_by(self.amount).items()} if rest else {}
+        for one in recorded:
+            _add(usage, self.lane.used_by(self.amount, one))
+        usage["calls"] = float(calls)
+        return usage
 
     def remember(self) -> Trail:
         """Return its trail, made when first needed."""
@@ -103,6 +123,11 @@ class Attempt:
         other.is_plain = False
         other.node = getattr(self, "node", None)
         return other
+
+
+def _add(usage: dict[str, float], used: Mapping[str, float], sign: int = 1) -> None:
+    for unit, number in used.items():
+        usage[unit] = usage.get(unit, 0.0) + sign * number
 
 
 class FeedKind(Enum):
@@ -200,6 +225,7 @@ class Lane:
         retry: Its retry policy; `retries_timeouts` is what that policy makes of a timeout.
         timeout: Seconds for an attempt.
         budget: Attempts in this run.
+        quota: What it may use in a period of the calendar, together with others.
         batch_size, batch_backoff: See ExecutionPolicy.
         max_abandoned: Calls given up at once before the breaker opens.
     """
@@ -238,17 +264,20 @@ class Lane:
         "nodes",
         "order",
         "pulling",
+        "quota",
         "raw",
         "resume_at",
         "retries_timeouts",
         "retry",
         "running",
         "settles_at",
+        "singled_out",
         "smooth",
         "stats",
         "success_count",
         "taken",
         "timeout",
+        "usage",
         "wake_at",
         "watching",
     )
@@ -265,6 +294,7 @@ class Lane:
         retries_timeouts: bool | float = False,
         timeout: float | None = None,
         budget: float | None = None,
+        quota: Allowance | None = None,
         batch_size: int | None = None,
         batch_backoff: float = 0.0,
         max_abandoned: int | None = None,
@@ -279,6 +309,7 @@ class Lane:
         self.retries_timeouts = retries_timeouts
         self.timeout = math.inf if timeout is None else timeout
         self.budget = budget
+        self.quota = quota
         self.batch_size = batch_size
         self.batch_backoff = batch_backoff
         # One hung call must not end a lane of one: so at least two.
@@ -286,7 +317,8 @@ class Lane:
         self.cost = cost
         self.handful = handful_of(lookahead)
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
-        self.accounts = batch_size is not None or retry.timeout is not None  # whether a start changes more than a count
+        # Whether a start changes more than a count.
+        self.accounts = batch_size is not None or retry.timeout is not None or quota is not None
         self.abandoned = 0
         self.settles_at = -math.inf  # before, those given up last may still end
         self.renew()
@@ -298,6 +330,8 @@ class Lane:
         self.taken = 0
         self.delivered = 0  # in a stream, written by the consumer alone
         self.calls = 0
+        self.singled_out = 0  # those of the calls whose use was counted one by one, in `usage`
+        self.usage: dict[str, float] = {}
         self.success_count = 0
         self.busy_seconds = 0.0
         self.first_answer: float | None = None
@@ -344,6 +378,18 @@ class Lane:
         """Inputs that may still be taken."""
         return self.capacity - self.taken + self.delivered
 
+    @property
+    def units(self) -> set[str]:
+        """What its limits and its quota count."""
+        return self.gate.units | (set() if self.quota is None else {self.quota.unit})
+
+    def check(self, amount: Amount) -> None:
+        """Refuse an amount that could never be had."""
+        quota = self.quota
+        self.gate.check(amount, self.units)
+        if quota is not None and part_of(amount, quota.unit) > quota.limit:
+            refuse("amount", amount, f"at most {quota.limit:.12g} {quota.unit}: the quota never has more")
+
     def head(self) -> Attempt | None:
         """Return the task to be admitted next."""
         if self.heap and (not self.fifo or self.heap[0][0] < (0, self.fifo[0].index)):
@@ -354,13 +400,35 @@ class Lane:
         """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""
         return math.inf if self.batch_started == self.batch_size else self.batch_at
 
+    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return what a call used, by unit: what it has recorded, else what its amount names, else what any costs."""
+        used = {"cost": self.cost} if self.cost else {}
+        if isinstance(amount, Mapping):
+            used.update(amount)
+            used.pop("calls", None)  # one call is one, whatever it counts in a limit
+        if recorded is not None:
+            used.update(recorded)
+        return used
+
+    def count_usage(self, amount: Amount, recorded: Mapping[str, float] | None, calls: int = 1) -> None:
+        """Count what a call used that may differ from others; `calls` is -1 to take that back."""
+        self.singled_out += calls
+        _add(self.usage, self.used_by(amount, recorded), calls)
+
     def report(self, begun_at: float) -> SourceReport:
         """Return what it counted in a run that began at that instant."""
         stats = self.stats
         stats.calls, stats.success_count, stats.busy_seconds = self.calls, self.success_count, self.busy_seconds
         stats.first_at = None if self.first_answer is None else self.first_answer - begun_at
         stats.last_at = None if self.last_answer is None else self.last_answer - begun_at
-        stats.cost = stats.calls * self.cost
-        stats.usage = {**stats.usage, "calls": float(stats.calls)}
+        usage = dict(self.usage)
+        if self.calls > self.singled_out:
+            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.used_by(1).items()})
+        stats.cost = usage.get("cost", 0.0)
+        stats.usage = {**usage, "calls": float(stats.calls)}
         stats.remaining_budget = self.budget
+        if self.quota is not None:
+            stats.remaining_quota = left = self.quota.remaining
+            if self.quota.unit == "calls" and (self.budget is None or left < self.budget):
+                stats.remaining_budget = max(0, left)
         return stats

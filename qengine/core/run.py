@@ -177,11 +177,15 @@ class Run:
         self._activate(lane)
         if self._emit is not None:
             self._tell("answer", now, attempt, _outcome_word(outcome))
+        used = None
+        if attempt.view is not None or attempt.task is not None:
+            used = self._count_usage(attempt)
+            attempt.view = None  # what it records from now on comes too late
         if type(outcome) is Raised:
-            self._raised(attempt, outcome, now)
+            self._raised(attempt, outcome, now, used)
             return True
-        if lane.gate.active:
-            lane.gate.ended(attempt, attempt.amount, now, True)
+        if lane.gate.active or lane.quota is not None:
+            self._tell_gate(attempt, now, True, used)
         attempt.outcome = outcome
         self._end(attempt, SUCCEEDED, now)
         return True
@@ -234,6 +238,7 @@ class Run:
             return attempt
         self._running.remove(attempt)
         lane.running -= 1
+        attempt.worker = attempt.view = None
         self._activate(lane)
         step = self.next(now)
         self._smoothen(lane, now)
@@ -307,7 +312,11 @@ class Run:
         if lane.budget is not None:
             lane.budget += 1
         attempt.number -= 1
+        if isinstance(attempt.amount, Mapping):
+            lane.count_usage(attempt.amount, None, -1)
         lane.gate.revoke(attempt.amount)
+        if lane.quota is not None:
+            lane.quota.undo(attempt.hold)
 
     def withdrawn(self, attempt: Attempt, reason: str, now: float) -> None:
         """Cancel one task, wherever it is: whoever submitted it no longer waits for it."""
@@ -320,8 +329,7 @@ class Run:
         self._cancel_one(attempt, now, reason)
 
     def wake(self, lane: Lane, now: float) -> None:
-        """Note that another run, which shares the lane's gate, had an outcome."""
-        lane.watching = False
+        """Note that a lane may go earlier than it was told: another, maybe of another run, had an outcome."""
         self._activate(lane)
 
     def cancel(self, reason: str, now: float, in_flight: str | None = None) -> None:
@@ -450,7 +458,7 @@ class Run:
             attempt.rank = (task.priority, attempt.index)
         if attempt.outcome is None and task.amount != 1:
             try:
-                attempt.lane.gate.check(task.amount)
+                attempt.lane.check(task.amount)
             except ValueError as error:
                 attempt.outcome = Raised(error)
         if attempt.outcome is not None:
@@ -589,7 +597,7 @@ class Run:
         """Return `now` or before if all say yes, or if the task was skipped; else when to ask again."""
         if self._tree is not None and (until := self._tree.hold_until(lane, attempt)) > now:
             return until
-        gate = lane.gate
+        gate, trail = lane.gate, attempt.trail
         breaker = gate.breaker
         shut = breaker is not None and breaker.state is not CLOSED
         hangs = lane.abandoned >= lane.max_abandoned
@@ -597,25 +605,56 @@ class Run:
             if now < lane.settles_at:
                 return lane.settles_at
             gate.keep_shut(now)
-        if (shut or hangs or (lane.budget is not None and lane.budget < 1)) and self._skipped(lane, attempt, now):
+        quota, part = lane.quota, 0.0
+        spent = lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget)
+        if quota is not None and not spent and not quota.fits(part := part_of(attempt.amount, quota.unit)):
+            if lane.running and quota.might_fit(part):
+                return INF  # what runs may turn out to use less
+            spent = True
+        if (shut or hangs or spent) and self._skipped(lane, attempt, spent, now):
             return now
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
-        if not gate.active:
-            return now
-        amount = 1 if attempt.task is None else attempt.task.amount
-        until = gate.admit(attempt, amount, now)
-        if until == INF and not lane.watching:
-            # It hangs on an outcome, perhaps one of another run: watch for it, then ask again, lest it came in between.
-            lane.watching = True
-            gate.watch(lambda: self.on_wake(lane))
-            until = gate.admit(attempt, amount, now)
-        return until
+        until = now
+        if gate.active:
+            amount = 1 if attempt.task is None else attempt.task.amount
+            while (until := gate.admit(attempt, amount, now)) > now and self._watches(lane, until):
+                pass  # ask again, lest what is watched for came in between
+        if quota is None or until > now:
+            return until
+        hold = quota.reserve(part)
+        if hold is None:  # another run was quicker
+            if gate.active:
+                gate.retract(attempt, attempt.amount)
+            return self._ask_gates(lane, attempt, now)
+        attempt.hold = hold
+        return now
 
-    def _skipped(self, lane: Lane, attempt: Attempt, now: float) -> bool:
-        """Skip a task that will never be admitted; one that was tried before keeps the failure it had."""
+    def _watches(self, lane: Lane, until: float) -> bool:
+        """Have a lane woken when it may go before it was told, be it after another run's outcome.
+
+        Return whether that is new.
+        """
+        if until < INF:
+            return lane.gate.await_relief(lane, lambda: self.on_wake(lane))
+        if lane.watching:
+            return False
+
+        def wake() -> None:
+            lane.watching = False
+            self.on_wake(lane)
+
+        lane.watching = True
+        lane.gate.watch(wake)
+        return True
+
+    def _skipped(self, lane: Lane, attempt: Attempt, spent: bool, now: float) -> bool:
+        """Skip a task that will never be admitted; one that was tried before keeps the failure it had.
+
+        `spent`: what it may use is used up.
+        """
         trail = attempt.trail
-        if lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget):
+        if spent:
             reason = "budget_exhausted"
         elif lane.gate.skips(now) or (lane.gate.breaker is None and lane.abandoned >= lane.max_abandoned):
             reason = "breaker_open"
@@ -658,11 +697,13 @@ class Run:
 
     # ---- outcomes ----------------------------------------------------------------------------------------------------
 
-    def _raised(self, attempt: Attempt, raised: Raised, now: float) -> None:
+    def _raised(
+        self, attempt: Attempt, raised: Raised, now: float, used: Mapping[str, float] | None
+    ) -> None:
         error = raised.error
         exits = isinstance(error, (SystemExit, KeyboardInterrupt))
         says_nothing = raised.cancelled or raised.throttled or exits
-        self._tell_gate(attempt, now, None if says_nothing else False)
+        self._tell_gate(attempt, now, None if says_nothing else False, used)
         if raised.throttled:
             self._throttled(attempt, raised, now)
         elif raised.cancelled:
@@ -676,8 +717,28 @@ class Run:
         else:
             self._failed(attempt, error, raised.verdict, now)
 
-    def _tell_gate(self, attempt: Attempt, now: float, verdict: bool | None) -> None:
-        if attempt.lane.gate.active and attempt.lane.gate.ended(attempt, attempt.amount, now, verdict):
+    def _count_usage(self, attempt: Attempt) -> Mapping[str, float] | None:
+        """Count what an attempt that is over used, where that is its own; return what it has recorded, if anything."""
+        amount, view = attempt.amount, attempt.view
+        used = None
+        if view is not None and view.used:
+            used = dict(view.used)  # as it is now: a call that was given up may go on recording
+            attempt.remember().recorded.append(used)
+        if used is not None or isinstance(amount, Mapping):
+            attempt.lane.count_usage(amount, used)
+        return used
+
+    def _tell_gate(
+        self, attempt: Attempt, now: float, verdict: bool | None, used: Mapping[str, float] | None
+    ) -> None:
+        gate, quota = attempt.lane.gate, attempt.lane.quota
+        if quota is not None:
+            quota.settle(attempt.hold, None if used is None else used.get(quota.unit))
+        if not gate.active:
+            return
+        if used is not None or gate.has_windows:
+            gate.forget(attempt.lane)  # it is asked again anyway
+        if gate.ended(attempt, attempt.amount, now, verdict, used):
             self._tell("breaker_opened", now, attempt)
 
     def _throttled(self, attempt: Attempt, raised: Raised, now: float) -> None:
@@ -695,6 +756,7 @@ class Run:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
             attempt.number -= 1
+            trail.uncounted += 1
             if attempt.number == 0 and lane.batch_size is not None:  # it is to count once in its batch
                 lane.batch_started -= 1
                 lane.batch_open -= 1
@@ -720,14 +782,16 @@ class Run:
         """Reserve the budget of another attempt; without it, or when the run has stopped, the failure stands."""
         lane, trail = attempt.lane, attempt.remember()
         trail.error = error
-        attempt.view = None  # the next attempt is another one to its task
         if self.stop_reason is not None:
             self._cancel_one(attempt, now)
             return False
+        quota = lane.quota
+        if (lane.budget is not None and lane.budget < 1) or (
+            quota is not None and not quota.might_fit(part_of(attempt.amount, quota.unit))
+        ):
+            self._fail(attempt, error, now)
+            return False
         if lane.budget is not None:
-            if lane.budget < 1:
-                self._fail(attempt, error, now)
-                return False
             lane.budget -= 1
             trail.has_budget = True
         return True
@@ -774,9 +838,6 @@ class Run:
             stats.cancelled_count += 1
         else:
             stats.failure_count += 1
-        if attempt.task is not None and isinstance(attempt.task.amount, Mapping):
-            for unit in attempt.task.amount.keys() - {"calls"}:
-                stats.usage[unit] = stats.usage.get(unit, 0.0) + part_of(attempt.task.amount, unit) * attempt.number
         if self.completed is not None:
             self.completed.append(attempt)
         else:
@@ -890,7 +951,7 @@ class Run:
         attempt.duration = now - attempt.started_at
         lane.busy_seconds += attempt.duration
         lane.last_given_up = now
-        self._tell_gate(attempt, now, verdict)
+        self._tell_gate(attempt, now, verdict, self._count_usage(attempt))
         self._steps.append(Cancel(attempt, reason))
         self.special = True
         self._activate(lane)
@@ -976,6 +1037,8 @@ class Run:
     def _idle(self) -> Step:
         if not self._running and not self._pulls and self._is_done():
             self._over = True
+            for lane in self.lanes:
+                lane.gate.forget(lane)
             return DONE
         if self.due_at == INF:
             return ON_EVENT

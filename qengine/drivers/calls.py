@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context, ContextVar
 from itertools import islice
 from threading import get_ident
@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from ..core.lane import SLOW_PULL, Attempt, Feed
 from ..core.steps import Raised
 from ..core.tree import NodeKey
-from ..errors import RateLimitError, refuse_type
+from ..errors import RateLimitError, refuse, refuse_type, require_at_least
 from ..model import CancellationToken, Task
 from .clock import Clock
 
@@ -28,6 +28,9 @@ T = TypeVar("T")
 _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
 """Types of values that need no `check_value`."""
+
+RECORDABLE = frozenset({"cost", "tokens"})
+"""Units that every attempt may record; others are those of its limits and of its task's amount."""
 
 _READY = frozenset({tuple, Attempt, NodeKey})  # what `Feed.prepare` gives, where nothing of it is to be awaited
 
@@ -60,12 +63,14 @@ def current_worker() -> tuple[HasWork, Clock] | None:
 
 
 class CurrentAttempt:
-    """What a running task can learn of its own attempt; `current_attempt()` returns it."""
+    """What a running task can learn and say of its own attempt; `current_attempt()` returns it."""
 
-    __slots__ = ("_now_fn", "cancel", "deadline", "number", "source", "task")
+    __slots__ = ("_attempt", "_now_fn", "cancel", "deadline", "number", "source", "task", "used")
 
     def __init__(self, attempt: Attempt, now_fn: Callable[[], float]) -> None:
+        self._attempt = attempt
         self._now_fn = now_fn
+        self.used: dict[str, float] = {}
         self.task: Task[Any] = task_of(attempt)
         self.number = attempt.number
         self.source = attempt.lane.name
@@ -76,13 +81,63 @@ class CurrentAttempt:
         """Return the seconds until the deadline: infinity if there is none, below 0 when it has passed."""
         return self.deadline - self._now_fn()
 
+    def record(self, /, **units: float) -> None:
+        """Say what the call really uses, by unit: `record(tokens=812, cost=0.003)`.
+
+        Each is what the attempt used in all so far, and the last word on a unit counts: a model that streams may state
+        its running total again and again.  It is `used` so far.  When the attempt ends, in whatever way, also by a
+        failure or its timeout, its limits are settled by it: what was reserved too much is given back at once, an
+        overrun is a debt that is paid off before anything else is admitted.  A unit that is not recorded stays as
+        reserved.  The usage of the result and the sums of the report are what was recorded; where nothing was, what
+        the task's `amount` names, and the `cost` of the source.
+
+        After the attempt was given up nothing that it records counts any more, and that is no error: the call cannot
+        know.  From the attempt's own code; thread-safe.
+
+        Args:
+            units: "tokens", "cost", any unit of the limits or of the task's amount; each a finite number, 0 or more,
+                "cost" in the currency of `Source.cost`.
+
+        Raises:
+            ValueError: No unit, an unknown one, "calls" (an attempt is one), a number out of range.
+            TypeError: Not a number.
+            RuntimeError: The attempt has ended.
+        """
+        attempt = self._attempt
+        if not units:
+            refuse("units", units, "one or more, as in record(tokens=812)")
+        for unit, number in units.items():
+            self._check_unit(unit)
+            require_at_least(unit, number, 0.0)
+        if attempt.view is not self:
+            raise RuntimeError("record() was called after the attempt had ended")
+        attempt.is_plain = False  # its use is its own
+        self.used.update(units)
+
+    def _check_unit(self, unit: str) -> None:
+        if unit in RECORDABLE:
+            return
+        amount = self._attempt.amount
+        known = {*RECORDABLE, *self._attempt.lane.units, *(amount if isinstance(amount, Mapping) else ())}
+        known.discard("calls")  # an attempt is one
+        if unit not in known:
+            refuse("unit", unit, f"one of {', '.join(sorted(known))}")
+
 
 def current_attempt() -> CurrentAttempt:
     """Return the attempt in which this code runs.
 
     Its `task`; `source`, the name of its source or lane; `number`, 1 for the first; `cancel`, a CancellationToken that
     is cancelled when the attempt is given up; `deadline`, an instant of the run's clock, and `remaining()`, the seconds
-    until then.  Under asyncio the tasks that it starts and awaits find it too.
+    until then; `record(...)` says what the call really uses.  Under asyncio the tasks that it starts and awaits find it
+    too.
+
+    >>> from qengine import ConcurrentExecutor
+    >>> def ask(prompt):
+    ...     current_attempt().record(tokens=len(prompt), cost=0.5)
+    >>> report = ConcurrentExecutor(ask).run(["who", "where"])
+    >>> report.total_tokens, report.total_cost, dict(report.results[0].usage)
+    (8.0, 1.0, {'tokens': 3.0, 'cost': 0.5, 'calls': 1.0})
 
     Raises:
         RuntimeError: Outside of a task, which is also in a thread that the task has started.
@@ -91,7 +146,10 @@ def current_attempt() -> CurrentAttempt:
     if found is None:
         raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
     worker, clock = found
-    return view_of(worker.work, clock)
+    attempt = worker.work
+    if attempt is None or (attempt.worker is not worker and attempt.reason is None):  # none begun, or it has ended
+        raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
+    return view_of(attempt, clock)
 
 
 def view_of(attempt: Attempt, clock: Clock) -> CurrentAttempt:

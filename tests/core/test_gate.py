@@ -131,3 +131,64 @@ def test_an_amount_is_checked_against_every_set() -> None:
         gate.check(3)
     with pytest.raises(ValueError, match="tokens"):
         gate.check({"tokens": 1})
+
+
+# ---- what a call really used -----------------------------------------------------------------------------------------
+
+
+def test_what_was_reserved_too_much_is_given_back_and_an_overrun_is_a_debt() -> None:
+    gate = make_gate(RateLimit(per_second=10, burst=100, unit="tokens"))
+    gate.admit("a", {"tokens": 100}, 0.0)
+    gate.ended("a", {"tokens": 100}, 1.0, True, {"tokens": 20.0})
+    assert gate.admit("b", {"tokens": 100}, 1.0) == pytest.approx(2.0)
+    gate.admit("b", {"tokens": 100}, 2.0)
+    gate.ended("b", {"tokens": 100}, 3.0, False, {"tokens": 250.0})
+    assert gate.admit("c", {"tokens": 1}, 3.0) == pytest.approx(3.0 + 141 / 10)
+
+
+def test_what_was_used_settles_every_set_and_every_unit_that_is_named() -> None:
+    calls, tokens = make_limits(RateLimit(per_second=1, burst=5)), make_limits(Window(100, 60, unit="tokens"))
+    gate = Gate([calls, tokens], None, nullcontext())
+    gate.admit("a", {"tokens": 80}, 0.0)
+    gate.ended("a", {"tokens": 80}, 0.0, True, {"tokens": 30.0, "cost": 9.0})
+    assert (calls.available(0.0), tokens.available(0.0)) == (pytest.approx(4.0), pytest.approx(70.0))
+    gate.admit("b", {"tokens": 50}, 0.0)
+    gate.ended("b", {"tokens": 50}, 0.0, True, {"cost": 9.0})
+    assert tokens.available(0.0) == pytest.approx(20.0), "tokens were not named: as reserved"
+
+
+def test_who_waits_is_woken_by_what_is_given_back_at_another_gate() -> None:
+    shared, woken = make_limits(RateLimit(per_second=1, burst=10)), list[str]()
+    one, other = (Gate([shared], None, nullcontext()) for _ in range(2))
+    one.admit("a", 10, 0.0)
+    assert other.await_relief("lane", lambda: woken.append("lane"))
+    assert not other.await_relief("lane", lambda: woken.append("lane")), "one wake is enough"
+    assert other.await_relief("second", lambda: woken.append("second"))
+    assert not woken
+    one.ended("a", 10, 1.0, True, {"calls": 3.0})
+    assert sorted(woken) == ["lane", "second"]
+    one.ended("a", 10, 1.0, True, {"calls": 3.0})
+    assert len(woken) == 2, "once"
+    assert other.await_relief("lane", lambda: woken.append("again"))
+    one.ended("a", 10, 1.0, True, {"calls": 3.0})
+    assert woken[2:] == ["again"]
+
+
+def test_who_no_longer_waits_is_forgotten() -> None:
+    gate, woken = make_gate(RateLimit(per_second=1, burst=10)), list[int]()
+    gate.await_relief("lane", lambda: woken.append(1))
+    gate.forget("lane")
+    gate.forget("never waited")
+    gate.ended("a", 1, 0.0, True, {"calls": 0.0})
+    assert not woken
+
+
+def test_without_limits_there_is_nothing_to_wait_for() -> None:
+    assert not make_gate(breaker=BreakerPolicy()).await_relief("lane", lambda: None)
+
+
+def test_an_outcome_that_says_nothing_of_its_use_wakes_nobody_at_a_bucket() -> None:
+    gate, woken = make_gate(RateLimit(per_second=1, burst=10)), list[int]()
+    gate.await_relief("lane", lambda: woken.append(1))
+    gate.ended("a", 1, 0.0, True)
+    assert not woken

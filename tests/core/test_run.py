@@ -7,12 +7,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from core.support import (
     STEADY,
+    Behave,
     Never,
     Trial,
     answer,
@@ -21,6 +23,7 @@ from core.support import (
     make_attempt,
     make_gate,
     make_lane,
+    make_limits,
     payloads,
 )
 
@@ -37,9 +40,11 @@ from qengine import (
 )
 from qengine.core.breaker import BreakerState
 from qengine.core.bucket import CATCH_UP
+from qengine.core.gate import Gate
 from qengine.core.lane import Attempt, Feed, Lane
 from qengine.core.run import SETTLING
 from qengine.core.steps import DONE, Cancel, Raised, Wait
+from qengine.drivers.calls import CurrentAttempt
 
 SUCCEEDED, FAILED, ERROR, TIMEOUT, CANCELLED, SKIPPED = TaskStatus
 
@@ -1162,7 +1167,7 @@ def test_a_lane_reports_what_it_did() -> None:
     assert (report.calls, report.retries, report.throttled) == (4, 1, 1)
     assert (report.success_count, report.failure_count) == (2, 0)
     assert (report.first_at, report.last_at, report.busy_seconds) == (1.0, 9.0, 8.0)
-    assert (report.cost, report.remaining_budget, report.usage) == (2.0, 6, {"calls": 4.0})
+    assert (report.cost, report.remaining_budget, report.usage) == (2.0, 6, {"calls": 4.0, "cost": 2.0})
 
 
 def test_what_was_used_is_counted_by_unit() -> None:
@@ -1450,3 +1455,133 @@ def ending(record: Any) -> tuple[Any, ...]:
 def test_one_workload_gives_one_event_log() -> None:
     for seed in range(30):
         assert Workload(seed).trial.events == Workload(seed).trial.events
+
+
+# ---- what a call really used -----------------------------------------------------------------------------------------
+
+TOKENS = RateLimit(per_second=10, burst=100, unit="tokens")
+
+
+def recording(seconds: float, *uses: dict[str, float]) -> Behave:
+    """A source whose calls take so long, and record one use after the other; the last of them for good."""
+    left = list(uses)
+
+    def behave(attempt: Attempt, now: float) -> tuple[float, Any]:
+        attempt.view = CurrentAttempt(attempt, lambda: now)
+        attempt.view.record(**(left.pop(0) if len(left) > 1 else left[0]))
+        return seconds, "ok"
+
+    return behave
+
+
+def tokens(*numbers: float) -> list[Task[Any]]:
+    return [Task(index, amount={"tokens": number}) for index, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+@pytest.mark.parametrize(("used", "second_at"), [(20.0, 2.0), (0.0, 1.0), (100.0, 10.0), (250.0, 25.0)])
+def test_the_next_is_admitted_by_what_was_used(concurrency: int, used: float, second_at: float) -> None:
+    trial = Trial(make_lane(TOKENS, concurrency=concurrency), data=tokens(100, 100))
+    drive(trial, recording(1.0, {"tokens": used}))
+    assert [at for at, _, _ in trial.told("start")] == [0.0, pytest.approx(second_at)]
+
+
+def test_what_one_run_gives_back_is_anothers_at_once() -> None:
+    gate = make_gate(TOKENS)
+    one, two = (Trial(make_lane(gate=gate), data=tokens(100)) for _ in range(2))
+    drive([one, two], recording(3.0, {"tokens": 40.0}))
+    assert [at for at, _, _ in [*one.told("start"), *two.told("start")]] == [0.0, pytest.approx(4.0)]
+
+
+def test_what_one_run_owes_holds_up_another() -> None:
+    gate = make_gate(TOKENS)
+    one, two = (Trial(make_lane(gate=gate), data=tokens(100)) for _ in range(2))
+    drive([one, two], recording(3.0, {"tokens": 200.0}))
+    assert [at for at, _, _ in two.told("start")] == [pytest.approx(20.0)]
+
+
+def test_lanes_that_share_a_limit_go_when_one_gives_back() -> None:
+    shared = make_limits(TOKENS, Window(1000, 60, unit="tokens"))
+    lanes = [make_lane(name=name, gate=Gate([shared], None, nullcontext())) for name in "abc"]
+    trial = Trial(*lanes, data=None, inputs=tokens(100, 50, 50), lane_of=lambda task: lanes[task.payload])
+    drive(trial, recording(1.0, {"tokens": 0.0}))
+    assert [at for at, _, _ in trial.told("start")] == [0.0, 1.0, 1.0]
+
+
+def test_a_run_that_is_over_is_no_longer_known_to_the_gate() -> None:
+    gate = make_gate(TOKENS)
+    trial = Trial(make_lane(gate=gate), data=tokens(100, 100))
+    trial.succeed(*trial.start(0.0), 1.0)
+    assert trial.wait_until(1.0) == 10.0
+    assert gate._waiting
+    trial.run.cancel("enough", 2.0)
+    assert trial.run.next(2.0) is DONE
+    assert not gate._waiting
+
+
+def test_only_a_task_that_records_leaves_the_short_way() -> None:
+    lane = make_lane()
+    trial = Trial(lane, data=range(4), quiet=True)
+
+    def behave(attempt: Attempt, now: float) -> tuple[float, Any]:
+        attempt.view = CurrentAttempt(attempt, lambda: now)
+        if attempt.payload == 2:
+            attempt.view.record(tokens=5)
+        return 1.0, "ok"
+
+    drive(trial, behave)
+    assert [isinstance(record, tuple) for record in trial.records] == [False, True, False, True]
+    assert lane.report(0.0).usage == {"calls": 4.0, "tokens": 5.0}
+
+
+def test_an_attempt_revoked_has_used_nothing() -> None:
+    lane = make_lane(TOKENS, cost=0.5)
+    trial = Trial(lane, data=tokens(7, 7))
+    (first,) = trial.start(0.0)
+    trial.run.cancel("enough", 1.0, "abandon")
+    step = trial.run.next(1.0)
+    assert isinstance(step, Cancel) and step.target is first
+    trial.run.revoked(first, 1.0)
+    assert first.usage == {"calls": 0.0}
+    report = lane.report(0.0)
+    assert (report.usage, report.cost) == ({"calls": 0.0, "tokens": 0.0, "cost": 0.0}, 0.0)
+
+
+def test_a_report_may_be_asked_for_twice() -> None:
+    lane = make_lane(cost=0.5)
+    drive(Trial(lane, data=["a", "b"]), recording(1.0, {"cost": 2.0}, {"tokens": 3.0}))
+    first = lane.report(0.0)
+    assert (first.cost, first.usage) == (2.5, {"calls": 2.0, "cost": 2.5, "tokens": 3.0})
+    assert (lane.report(0.0).cost, lane.report(0.0).usage) == (2.5, first.usage)
+
+
+def test_a_throttled_call_is_used_though_it_is_no_attempt() -> None:
+    lane = make_lane(TOKENS, cost=0.5)
+    trial = Trial(lane, data=tokens(7))
+    trial.throttle(*trial.start(0.0), 0.0, 2.0)
+    trial.succeed(*trial.start(2.0), 3.0)
+    (attempt,) = trial.records
+    assert (attempt.number, attempt.usage) == (1, {"calls": 2.0, "tokens": 14, "cost": 1.0})
+    assert lane.report(0.0).usage == attempt.usage
+
+
+def test_a_call_throttled_for_too_long_is_counted_once() -> None:
+    trial = Trial(make_lane(TOKENS), data=tokens(7))
+    trial.throttle(*trial.start(0.0), 0.0, 1e6)
+    assert trial.records[0].usage == {"calls": 1.0, "tokens": 7}
+
+
+def test_what_a_call_used_is_said_apart_from_the_call() -> None:
+    lane = make_lane(cost=0.5)
+    assert lane.used_by({"calls": 2, "tokens": 5}) == {"tokens": 5, "cost": 0.5}
+    assert lane.used_by({"tokens": 5, "cost": 1}, {"tokens": 7}) == {"tokens": 7, "cost": 1}
+    assert lane.used_by(3) == {"cost": 0.5}
+    assert (lane.report(0.0).usage, lane.report(0.0).cost) == ({"calls": 0.0}, 0.0)
+
+
+def test_a_lane_is_not_woken_by_its_own_runs_outcome() -> None:
+    trial = Trial(make_lane(TOKENS, Window(1000, 60, unit="tokens"), concurrency=2), data=tokens(100, 100))
+    (first,) = trial.start(0.0)
+    trial.succeed(first, 1.0)
+    assert trial.wait_until(1.0) == 10.0
+    assert not trial.woken
