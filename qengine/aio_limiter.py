@@ -236,7 +236,7 @@ class AsyncRateLimiter(LimiterBase):
 
     async def _acquire(self, amount: Amount, timeout: float | None) -> bool:
         optional(require_at_least, "timeout", timeout, 0.0)
-        if self.try_acquire(amount):
+        if not (amount is ONE and self._line.is_busy) and self.try_acquire(amount):
             return True
         place = self._place(amount, timeout)
         if place is None:
@@ -279,19 +279,19 @@ class AsyncRateLimiter(LimiterBase):
 
         return limited
 
-    async def _wait(self, place: Place, begin: Callable[[Place], object]) -> bool:
+    async def _wait(self, place: Place, begin: Callable[[Place], float | None]) -> bool:
         """Wait in a place until it is its turn; return False if that cannot be, or if it was cancelled."""
         latch = self._make_latch()
         place.sleeps = self._sleep_fn is not None
         place.wake = latch.wake
-        begin(place)
-        for step in self._line.steps(place):
+        for step in self._line.steps(place, begin(place)):
             if isinstance(step, bool):
                 return step
-            if step.may_sleep and self._sleep_fn is not None:
-                await self._sleep_fn(step.seconds)
+            seconds, may_sleep = step
+            if may_sleep and self._sleep_fn is not None:
+                await self._sleep_fn(seconds)
             else:
-                await latch.wait(step.seconds)
+                await latch.wait(seconds)
         raise AssertionError  # the steps end with a bool
 
 
@@ -320,7 +320,8 @@ class AsyncReservation(ReservationBase):
                 place.holder = None
             return granted
         finally:
-            self._line.rest(place)
+            place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
+            self._line.rest()
 
 
 def _line_of(

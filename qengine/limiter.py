@@ -290,20 +290,16 @@ class RateLimiter(LimiterBase):
         """
         if timeout is not None:
             require_at_least("timeout", timeout, 0.0)
-        if self.try_acquire(amount):
+        line = self._line
+        if not (amount is ONE and line.is_busy) and self.try_acquire(amount):
             return True
         place = self._place(amount, timeout)
         if place is None:
             return False
-        line = self._line
         try:
             return self._wait(place, line.join)
         finally:
-            try:
-                line.leave(place)
-            except BaseException:  # a signal handler raised in the middle of it
-                line.leave(place)
-                raise
+            line.leave_for_good(place)
 
     def reserve(self, amount: Amount = 1) -> Reservation:
         """Take a place in the line, without waiting there.
@@ -342,19 +338,19 @@ class RateLimiter(LimiterBase):
 
         return limited
 
-    def _wait(self, place: Place, begin: Callable[[Place], object]) -> bool:
+    def _wait(self, place: Place, begin: Callable[[Place], float | None]) -> bool:
         """Wait in a place until it is its turn; return False if that cannot be, or if it was cancelled."""
         latch = self._make_latch()
         place.sleeps = self._sleep_fn is not None
         place.wake = latch.wake
-        begin(place)
-        for step in self._line.steps(place):
+        for step in self._line.steps(place, begin(place)):
             if isinstance(step, bool):
                 return step
-            if step.may_sleep and self._sleep_fn is not None:
-                self._sleep_fn(step.seconds)
+            seconds, may_sleep = step
+            if may_sleep and self._sleep_fn is not None:
+                self._sleep_fn(seconds)
             else:
-                latch.wait(step.seconds)
+                latch.wait(seconds)
         raise AssertionError  # the steps end with a bool
 
 
@@ -386,7 +382,8 @@ class Reservation(ReservationBase):
                 place.holder = None
             return granted
         finally:
-            self._line.rest(place)
+            place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
+            self._line.rest()
 
 
 class _Shared:

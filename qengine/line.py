@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from threading import TIMEOUT_MAX, Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .core.bucket import CATCH_UP
 from .core.limits import OPEN, LimitSet, States
@@ -62,15 +62,14 @@ class ThreadLatch:
 
     def wait(self, seconds: float) -> bool:
         """Wait to be woken, at most so long; return whether it was."""
-        return self._lock.acquire(timeout=-1 if seconds == math.inf else min(max(0.0, seconds), TIMEOUT_MAX))
+        if not 0.0 <= seconds < TIMEOUT_MAX:
+            seconds = -1 if seconds > 0.0 else 0.0
+        return self._lock.acquire(timeout=seconds)
 
 
-class Pause(NamedTuple):
-    """What one who waits does next: wait so many seconds at most to be woken."""
-
-    seconds: float
-    may_sleep: bool
-    """Whether it may as well sleep them out: it is the first, and nothing but the clock is waited for."""
+Pause = tuple[float, bool]
+"""What one who waits does next: wait so many seconds at most to be woken; and whether it may as well sleep them out, because
+it is the first and waits for nothing but the clock."""
 
 
 class Place:
@@ -140,6 +139,7 @@ class Line:
         self._plan: object = None
         self._planned_on: States | None = None  # the states on which the plan builds
         self._planned_to = root  # the last place that has its part of the plan
+        self._planned_at = -math.inf
         self._watching: object = None
 
     def start_afresh(self) -> None:
@@ -179,6 +179,11 @@ class Line:
             return self._paused_until
         return self.limits.try_take(amount, now, slack, held)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody waits at the head: so nobody who comes now is served at once."""
+        return self._root.behind.wake is not None
+
     def count(self) -> int:
         """Return how many wait, reservations whose instant has not come included."""
         count, place = 0, self._root.behind
@@ -208,48 +213,66 @@ class Line:
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
-    def join(self, place: Place) -> None:
-        """Stand behind all the others."""
-        root = self._root
-        with self.limits.lock:
-            last = root.before
-            place.before = last
+    def join(self, place: Place) -> float | None:
+        """Stand behind all the others; return when it will be its turn, if that is known as soon as one asks."""
+        limits, root, now = self.limits, self._root, place.joined_at
+        last, states, plan = root.before, limits.states, self._plan
+        due_at = None
+        goes_on = last is not root and self._planned_on is states and self._planned_to is last
+        if goes_on and limits.is_bucket and not place.sleeps:
+            due_at, place.after = limits.ask(last.after, place.amount, last.due_at if last.due_at > now else now)
+            place.due_at = due_at
+            place.plan = plan
+        with limits.lock:
+            before = root.before
+            place.before = before
             place.behind = root
-            last.behind = place
+            before.behind = place
             root.before = place
             place.stands = True
-        if self.limits.states is OPEN:
-            self.limits.shut()
-        self.limits.keep_up(place.joined_at)
+            if due_at is not None and limits.states is states and self._plan is plan and self._planned_to is before:
+                self._planned_to = place
+            else:
+                due_at = place.plan = None
+        if due_at is None:
+            limits.read()  # nobody is to go by the short path any more
+            limits.keep_up(now)
+        return due_at
 
-    def steps(self, place: Place) -> Generator[Pause | bool, object, None]:
+    def steps(self, place: Place, due_at: float | None = None) -> Generator[Pause | bool, object, None]:
         """Say step by step what to wait for; the last step is whether the permits are taken.
+
+        `due_at` is when it will be its turn, if that is known by now.
 
         Who takes the steps leaves the line afterwards, however that ends.
 
         Raises:
             ValueError: The limits were changed, and now it can never be had.
         """
+        now = place.joined_at
         while True:
-            now = self.now_fn()
-            due_at = self._take(place, now)
+            if due_at is None or due_at <= now:
+                now = self.now_fn()
+                due_at = self._take(place, now)
             if place.taken_at is not None:
                 yield True
-            if place.is_refused:
-                self.limits.check(place.amount)
             if not place.stands:  # somebody cancelled it
+                if place.is_refused:
+                    self.limits.check(place.amount)
                 yield False
-            if due_at == math.inf and self._watching is None:  # engines hold all the slots of a window
+            if due_at is None:  # somebody before it wakes it
+                due_at = math.inf
+            elif due_at == math.inf and self._watching is None:  # engines hold all the slots of a window
                 self._watch()
+                due_at = None
                 continue
-            until = place.latest if due_at is None else due_at
-            if until > place.latest + self.limits.early and until < math.inf:
+            latest = place.latest
+            if now >= latest or latest + self.limits.early < due_at < math.inf:
                 yield False
-            if now >= place.latest:
-                yield False
-            place.alarm_at = math.inf if due_at is None else due_at
-            yield Pause(min(until, place.latest) - now, due_at is not None and due_at < math.inf)
+            place.alarm_at = due_at
+            yield (due_at if due_at < latest else latest) - now, due_at < math.inf
             place.alarm_at = math.inf
+            due_at = None
 
     def leave(self, place: Place) -> None:
         """Leave, and let the next one look; harmless for one who has left, or never joined."""
@@ -270,10 +293,21 @@ class Line:
                         self._planned_to = before
         self.wake_first(may_know=place.taken_at is not None)
 
-    def rest(self, place: Place) -> None:
-        """Stop waiting for a reservation, and leave it in its place."""
-        place.wake = None
-        self.wake_first()
+    def leave_for_good(self, place: Place) -> None:
+        """Leave, also where a signal handler raises in the middle of it."""
+        try:
+            self.leave(place)
+        except BaseException:
+            self.leave(place)
+            raise
+
+    def rest(self) -> None:
+        """Have the first look, when somebody waits for its reservation no more; also where a signal handler raises."""
+        try:
+            self.wake_first()
+        except BaseException:
+            self.wake_first()
+            raise
 
     def _take(self, place: Place, now: float) -> float | None:
         """Take if it may; return `now` if it did, else when to ask again: infinity is after an outcome, None when woken."""
@@ -283,7 +317,7 @@ class Line:
                 self.pass_due(now)
             if not place.stands:
                 return None
-            if self._first() is not place:
+            if root.behind is not place and self._first() is not place:
                 due_at = None if place.sleeps else self.plan(place, now, _AHEAD)
                 return due_at if due_at is not None and now < due_at < math.inf else None
             states = limits.read()
@@ -436,12 +470,18 @@ class Line:
 
     def wake_first(self, may_know: bool = False) -> None:
         """Wake the first; `may_know`: unless it will wake by itself in time, as far as everything went as planned."""
-        first = self._first()
-        if first is None:
+        first: Place | None = self._root.behind
+        if first is self._root:
             return
-        if may_know and self._planned_on is self.limits.states and first.plan is self._plan:
-            if first.alarm_at <= first.due_at:
-                return
+        if first is None or first.wake is None:
+            first = self._first()
+        if first is None or (
+            may_know
+            and self._planned_on is self.limits.states
+            and first.plan is self._plan
+            and first.alarm_at <= first.due_at
+        ):
+            return
         _wake(first)
 
     def _watch(self) -> None:
@@ -470,13 +510,14 @@ class Line:
         while True:
             states = limits.read()
             planned_on, planned_to, plan = self._planned_on, self._planned_to, self._plan
-            if planned_on is not states or begin_anew:
-                start, plan = root, object()
+            planned_at = self._planned_at
+            if planned_on is not states or begin_anew or now < planned_at - CATCH_UP:  # the clock has stepped back
+                start, plan, planned_at = root, object(), now
             elif place.plan is plan:
                 return place.due_at
             else:
                 start = planned_to
-            at, after = (-math.inf, states) if start is root else (start.due_at, start.after)
+            at, after = (self._paused_until, states) if start is root else (start.due_at, start.after)
             each, count = start, 0
             while each is not place and count < at_most:
                 each = each.behind
@@ -484,7 +525,9 @@ class Line:
                     break
                 count += 1
                 if at < math.inf:
-                    due_from = max(at, self._paused_until, each.joined_at, self._not_before if each.wake is None else now)
+                    due_from = max(each.joined_at, self._not_before) if each.wake is None else now
+                    if due_from < at:
+                        due_from = at
                     at, after = limits.ask_in_turn(after, each.amount, due_from)
                 each.due_at = at
                 each.after = after
@@ -498,6 +541,7 @@ class Line:
                 if limits.states is states and self._planned_on is planned_on and self._planned_to is planned_to:
                     self._planned_on = states
                     self._planned_to = each
+                    self._planned_at = planned_at if planned_at > now else now
                     self._plan = plan
                     return at if each is place else None
 

@@ -284,11 +284,13 @@ class LimitSet:
         """Return when all would say yes (`now` if they do now), and the states once it is taken."""
         inner = now - self.base
         rules = states[-1]
-        if len(rules) == 1 and type(rules[0]) is TokenBucket:  # the common case, without the loop
-            (only,) = rules
-            part = amount if type(amount) is int else part_of(amount, only.unit)
-            ready_at, state = only.ask(states[0], part, inner, slack, held, self.early)
-            return (now if ready_at <= inner else ready_at + self.base), (state, rules)
+        if len(rules) == 1 and type(rules[0]) is TokenBucket:  # the common case: as `TokenBucket.ask`, without the call
+            rule = rules[0]
+            zero_at = states[0]
+            oldest = inner - rule.span - slack
+            part = amount if type(amount) is int else part_of(amount, rule.unit)
+            zero_at = (zero_at if zero_at > oldest else oldest) + part * rule.interval
+            return (now if zero_at <= inner + self.early else zero_at + self.base), (zero_at, rules)
         latest = now
         after: list[Any] = []
         taken: Any
@@ -310,6 +312,8 @@ class LimitSet:
         for _ in range(_TURNS):
             ready_at, after = self.ask(states, amount, now)
             if ready_at <= now or ready_at == math.inf:
+                return ready_at, after
+            if len(states) == 2 and type(states[1][0]) is TokenBucket:  # gives the same, whenever it is asked
                 return ready_at, after
             now = ready_at
         return math.inf, states
