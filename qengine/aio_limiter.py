@@ -22,7 +22,7 @@ from .drivers.calls import is_async
 from .drivers.clock import CanCancel
 from .drivers.virtual import VirtualClock, clock_of
 from .errors import optional, refuse, refuse_type, require_at_least, require_callable
-from .limiter import INF, ONE, LimiterBase, P, R, RateLimiter, ReservationBase
+from .limiter import ONE, LimiterBase, P, R, RateLimiter, ReservationBase
 from .line import Line, Place, open_line
 from .model import Amount
 from .policy import RateLimit, Window
@@ -30,8 +30,8 @@ from .policy import RateLimit, Window
 _ONE_STEP = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 """Whether a check and an assignment, with no call in between, are one step to all other threads.
 
-With a GIL they are: it changes hands at calls and backward jumps alone.  So tasks need no lock for the short path, which
-would cost them more than all the rest.  Where threads share the limiter, they take it: it holds under a tracer, too.
+With a GIL they are: it changes hands at calls and backward jumps alone.  So tasks need no lock for the short path,
+which would cost them more than all the rest.  Threads take it all the same: theirs holds under a tracer, too.
 """
 
 _SHUT = LimitSet([RateLimit(per_second=1)], 0.0, Lock())
@@ -68,10 +68,10 @@ class LoopLatch:
             running = asyncio.get_running_loop()
         except RuntimeError:
             running = None
-        if running is self._loop:
+        if running is self._loop and asyncio.current_task() is not None:
             self._open()
             return
-        try:
+        try:  # also where a signal handler wakes it: the loop may be asleep
             self._loop.call_soon_threadsafe(self._open)
         except RuntimeError:  # it is closed, or about to be: who waits there leaves, see _Keeper
             return
@@ -106,60 +106,81 @@ class LoopLatch:
             self._waiting.set_result(None)
 
 
-class _Keeper:
-    """Keeps places for as long as it is kept itself: by a loop, among its timers.  One that is closed drops them."""
+class _Kept:
+    """The places of the tasks of one loop, and the timer of that loop that keeps them."""
 
-    __slots__ = ("__weakref__", "_key", "_keepers", "_line", "places", "timer")
+    __slots__ = ("_kept_by", "_key", "is_dropped", "places", "timer")
 
-    def __init__(self, line: Line, keepers: dict[int, ref[_Keeper]], loop: asyncio.AbstractEventLoop) -> None:
-        self.places: set[Place] = set()
-        self._line = line
-        self._keepers = keepers
+    def __init__(self, kept_by: dict[int, _Kept], loop: asyncio.AbstractEventLoop) -> None:
+        self._kept_by = kept_by
         self._key = id(loop)
-        timer = loop.call_later(_NEVER, self)
-        try:
-            self.timer: Callable[[], asyncio.TimerHandle | None] = ref(timer)  # nobody else may hold it
-        except TypeError:  # a loop with timers of its own kind; its waiters leave when they are collected
-            self.timer = lambda: timer
-        keepers[self._key] = ref(self)
+        kept_by[self._key] = self
+        self.places: set[Place] = set()
+        self.timer: Callable[[], asyncio.TimerHandle | None] = lambda: None
+        self.is_dropped = False
+
+    def release(self, place: Place) -> None:
+        """Keep a place no more, and with the last one nothing."""
+        self.places.discard(place)
+        if not self.places:
+            self.drop()
+            timer = self.timer()
+            if timer is not None:
+                timer.cancel()
+
+    def drop(self) -> None:
+        """Keep nothing from now on."""
+        self.is_dropped = True
+        if self._kept_by.get(self._key) is self:
+            del self._kept_by[self._key]
+
+
+class _Keeper:
+    """Keeps places for as long as it is kept itself: by a loop, among its timers.  One that is closed drops them.
+
+    Nobody else may hold it, not even the frame of a function: a traceback would keep that.
+    """
+
+    __slots__ = ("_kept", "_line")
+
+    def __init__(self, line: Line, kept: _Kept) -> None:
+        self._line = line
+        self._kept = kept
 
     def __call__(self) -> None:
         """Do nothing: a timer has to have something to call."""
 
-    def release(self, place: Place) -> None:
-        """Keep a place no more, and with the last one be kept no more."""
-        self.places.discard(place)
-        timer = self.timer()
-        if not self.places and timer is not None:
-            del self._keepers[self._key]
-            timer.cancel()
-
     def __del__(self) -> None:
-        places: set[Place] = getattr(self, "places", set())
+        self._kept.drop()
+        places = self._kept.places
         while places:
-            place = next(iter(places))
+            place = places.pop()
+            place.wake = None
+            leave = self._line.leave if place.holder is None else self._line.rest  # a reservation stays where it is
             try:
-                self._line.leave(place)
-            except BaseException:  # a signal handler raised, and nobody would hear of it: leaving again is harmless
-                continue
-            places.discard(place)
-            self._keepers.pop(self._key, None)
+                leave(place)
+            except BaseException:  # a signal handler raised, and nobody would hear of it
+                leave(place)
 
 
-def _keep(line: Line, keepers: dict[int, ref[_Keeper]], place: Place) -> ref[_Keeper]:
-    """Have the running loop keep a place; return what does, which only the loop may hold."""
+def _keep(line: Line, kept_by: dict[int, _Kept], place: Place) -> _Kept:
+    """Have the running loop keep a place."""
     loop = asyncio.get_running_loop()
-    known = keepers.get(id(loop))
-    keeper = (None if known is None else known()) or _Keeper(line, keepers, loop)
-    keeper.places.add(place)
-    return ref(keeper)
+    kept = kept_by.get(id(loop))
+    if kept is None or kept.is_dropped:
+        kept = _Kept(kept_by, loop)
+    if kept.timer() is None:
+        timer = loop.call_later(_NEVER, _Keeper(line, kept))
+        try:
+            kept.timer = ref(timer)
+        except TypeError:  # a loop with timers of its own kind; its waiters leave when they are collected
+            kept.timer = partial(_same, timer)
+    kept.places.add(place)
+    return kept
 
 
-def _release(kept: ref[_Keeper], place: Place) -> None:
-    """Have a place kept no more.  In a frame of its own: a traceback that goes through it would keep the keeper."""
-    keeper = kept()
-    if keeper is not None:
-        keeper.release(place)
+def _same(timer: asyncio.TimerHandle) -> asyncio.TimerHandle:
+    return timer
 
 
 class AsyncRateLimiter(LimiterBase):
@@ -206,7 +227,7 @@ class AsyncRateLimiter(LimiterBase):
         is_own = not any(isinstance(limit, RateLimiter) for limit in limits)
         self._short = self._limits if is_own and _ONE_STEP else _SHUT
         self._sleep_fn = None if clock is not None else sleep_fn
-        self._keepers: dict[int, ref[_Keeper]] = {}
+        self._kept_by: dict[int, _Kept] = {}  # by the identity of a loop
         self._make_latch: Callable[[], AsyncLatch] = LoopLatch if clock is None else partial(LoopLatch, clock)
 
     async def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
@@ -241,14 +262,19 @@ class AsyncRateLimiter(LimiterBase):
         place = self._place(amount, timeout)
         if place is None:
             return False
-        kept = _keep(self._line, self._keepers, place)
+        kept = _keep(self._line, self._kept_by, place)
         try:
             return await self._wait(place, self._line.join)
         finally:
+            # No signal interrupts this: at the worst, a place for nothing is left in the line.
+            place.wake, place.amount, place.plan = None, 0, None
             try:
                 self._line.leave(place)
+            except BaseException:  # a signal handler raised in the middle of it
+                self._line.leave(place)
+                raise
             finally:
-                _release(kept, place)
+                kept.release(place)
 
     def reserve(self, amount: Amount = 1) -> AsyncReservation:
         """Take a place in the line, without waiting there: see `RateLimiter.reserve`.
@@ -256,8 +282,7 @@ class AsyncRateLimiter(LimiterBase):
         Raises:
             ValueError: It could never be had.
         """
-        self._check(amount)
-        return AsyncReservation(self, amount)
+        return AsyncReservation(self, self._checked(amount))
 
     async def __aenter__(self) -> Self:
         await self.acquire()
@@ -312,8 +337,9 @@ class AsyncReservation(ReservationBase):
 
         A task that is cancelled keeps the place, and may wait again or cancel it.
         """
-        place = self._place
-        self._line.pass_due(self._line.now_fn())
+        place, line = self._place, self._line
+        self._begin_to_wait()
+        kept = _keep(line, self._limiter._kept_by, place)
         try:
             granted = await self._limiter._wait(place, lambda place: None)
             if granted:
@@ -321,7 +347,13 @@ class AsyncReservation(ReservationBase):
             return granted
         finally:
             place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
-            self._line.rest()
+            try:
+                line.rest(place)
+            except BaseException:  # a signal handler raised in the middle of it
+                line.rest(place)
+                raise
+            finally:
+                kept.release(place)
 
 
 def _line_of(

@@ -1,16 +1,15 @@
 """The rate limiter for threads: several limits at once, first come first served, no polling, no background thread.
 
-Rules: a permit is taken of every limit or of none.  The clock is read before a lock is taken, and nothing is called while
-it is held.  Where one bucket is the only limit and nobody waits, a take is a comparison and an assignment of its float
-(the short path).  All else is the line's (`line.py`), which limiters for threads and for asyncio (`aio_limiter.py`) may
-share.
+Rules: a permit is taken of every limit or of none.  The clock is read before a lock is taken, and nothing is called
+while it is held.  Where one bucket is the only limit and nobody waits, a take is a comparison and an assignment of its
+float (the short path).  All else is the line's (`line.py`), which limiters for threads and for asyncio
+(`aio_limiter.py`) may share.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, NoReturn, ParamSpec, Self, TypeVar
@@ -20,7 +19,7 @@ from .core.limits import check_units, part_of
 from .drivers.calls import refuse_async
 from .drivers.virtual import VirtualLatch, clock_of
 from .errors import optional, require_amount, require_at_least, require_callable
-from .line import Latch, Line, Place, ThreadLatch, check_declared, open_line
+from .line import Latch, Line, Place, ThreadLatch, Turn, check_declared, open_line
 from .model import Amount
 from .policy import RateLimit, Window
 
@@ -88,23 +87,21 @@ class LimiterBase(Unique):
         Raises:
             ValueError: It could never be had.
         """
-        self._check(amount)
+        amount = self._checked(amount)
         now = self._now_fn()
         due_at = self._line.due_at(amount, now)
         return due_at - now if due_at > now + self._limits.early else 0.0
 
     def refund(self, amount: Amount) -> None:
         """Give back `amount` of what was taken last; of a mapping, the units that it names."""
-        self._check_stated(amount)
-        self._line.refund(amount)
+        self._line.refund(self._checked_units(amount))
 
     def charge(self, amount: Amount) -> None:
         """Take `amount` at once, be it there or not; of a mapping, the units that it names.
 
         What was not there is a debt, paid off before anybody else is served.
         """
-        self._check_stated(amount)
-        self._line.charge(amount)
+        self._line.charge(self._checked_units(amount))
 
     def pause_for(self, seconds: float) -> None:
         """Let nothing through for so many seconds, as after a 429; a pause under way is never cut short."""
@@ -126,7 +123,7 @@ class LimiterBase(Unique):
     def _try_in_line(self, amount: Amount) -> bool:
         """Try what is not one call, or is not the short path's."""
         if amount is not ONE:
-            self._check_stated(amount)
+            amount = self._checked_units(amount)
         limits = self._limits
         while (next_at := limits.next_at) < INF:
             (rule,) = limits.rules
@@ -145,25 +142,30 @@ class LimiterBase(Unique):
                     return True
         return self._line.try_take(amount)
 
-    def _check(self, amount: Amount) -> None:
-        require_amount("amount", amount)
-        check_units(amount, self._limits.units)
+    def _checked(self, amount: Amount) -> Amount:
+        """Refuse an amount that could never be had; return it, or a copy where it could be changed meanwhile."""
+        amount = self._checked_units(amount)
         self._limits.check(amount)
+        return amount
 
-    def _check_stated(self, amount: Amount) -> None:
+    def _checked_units(self, amount: Amount) -> Amount:
+        """Refuse an amount that makes no sense here; return it, or a copy where it could be changed meanwhile."""
         require_amount("amount", amount)
         check_units(amount, self._limits.units)
+        return dict(amount) if isinstance(amount, Mapping) else amount
 
     def _place(self, amount: Amount, timeout: float | None) -> Place | None:
         """Return a place for who has to wait; None if it is known by now that the timeout cannot be met."""
         if amount is not ONE:
-            self._check(amount)
+            amount = self._checked(amount)
         now = self._now_fn()
         if timeout is None:
             return Place(amount, now)
+        latest = now + timeout
         due_at = self._line.due_at(amount, now)
-        # Infinity: it hangs on an outcome, which may come in time.
-        return Place(amount, now, now + timeout) if due_at <= now + timeout + self._limits.early or due_at == INF else None
+        if latest + self._limits.early < due_at < INF:  # infinity: it hangs on an outcome, which may come in time
+            return None
+        return Place(amount, now, latest)
 
     def __repr__(self) -> str:
         waiting = self._line.count()
@@ -218,6 +220,16 @@ class ReservationBase(Unique):
         """
         return self._line.cancel(self._place)
 
+    def _begin_to_wait(self) -> None:
+        """Have what is due taken first.
+
+        Raises:
+            RuntimeError: Somebody else waits for it.
+        """
+        if self._place.wake is not None:
+            raise RuntimeError(f"somebody waits for {self!r} already: one reservation is for one")
+        self._line.pass_due(self._line.now_fn())
+
     def _read(self) -> tuple[float, float]:
         place, line = self._place, self._line
         now = line.now_fn()
@@ -241,14 +253,14 @@ class RateLimiter(LimiterBase):
         limits: One or more `RateLimit` and `Window`; every one of them holds.
         now_fn: Gives seconds as float; `time.monotonic` as it is when the limiter is made, so one that is made under
             freezegun obeys it.
-        sleep_fn: Sleeps so many seconds, and cannot be woken: who is the first in the line sleeps by it.  None to wait on
-            real time, or on the VirtualClock that `now_fn` is of.
+        sleep_fn: Sleeps so many seconds, and cannot be woken: who is the first in the line sleeps by it.  None to wait
+            on real time, or on the VirtualClock that `now_fn` is of.
         initial: Tokens in each bucket at the start; None for full ones.
 
     Use it by hand, as a context manager, or as a decorator of plain functions: one permit each.
 
-    Thread-safe, and safe to use in a signal handler.  O(number of limits); a window costs O(square root of its limit); who
-    asks with a timeout behind others pays for those of them that nobody has yet worked out a date for.
+    Thread-safe, and safe to use in a signal handler.  O(number of limits); a window copies a chunk of 64 slots, and a
+    tuple of its chunks; who asks with a timeout pays for those before it whose dates nobody has worked out yet.
 
     >>> clock = [0.0]
     >>> limiter = RateLimiter(RateLimit(per_second=1, burst=2), now_fn=lambda: clock[0])
@@ -299,7 +311,13 @@ class RateLimiter(LimiterBase):
         try:
             return self._wait(place, line.join)
         finally:
-            line.leave_for_good(place)
+            # No signal interrupts this: at the worst, a place for nothing is left in the line.
+            place.wake, place.amount, place.plan = None, 0, None
+            try:
+                line.leave(place)
+            except BaseException:  # a signal handler raised in the middle of it
+                line.leave(place)
+                raise
 
     def reserve(self, amount: Amount = 1) -> Reservation:
         """Take a place in the line, without waiting there.
@@ -316,8 +334,7 @@ class RateLimiter(LimiterBase):
         Raises:
             ValueError: It could never be had.
         """
-        self._check(amount)
-        return Reservation(self, amount)
+        return Reservation(self, self._checked(amount))
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -357,8 +374,8 @@ class RateLimiter(LimiterBase):
 class Reservation(ReservationBase):
     """A place in the line of a limiter: what `reserve` returns.
 
-    Its permits are taken at its instant, `ready_at`, whether or not anybody waits for it: who has slept `delay`, and finds
-    it 0.0 then, may go on.  `wait` does that better: who wakes late is tested again by the clock it wakes to.
+    Its permits are taken at its instant, `ready_at`, whether or not anybody waits for it: who has slept `delay`, and
+    finds it 0.0 then, may go on.  `wait` does that better: who wakes late is tested again by the clock it wakes to.
 
     Thread-safe.
     """
@@ -374,8 +391,8 @@ class Reservation(ReservationBase):
 
         Who is interrupted keeps the place, and may wait again or cancel.
         """
-        place = self._place
-        self._line.pass_due(self._line.now_fn())
+        place, line = self._place, self._line
+        self._begin_to_wait()
         try:
             granted = self._limiter._wait(place, lambda place: None)
             if granted:
@@ -383,7 +400,11 @@ class Reservation(ReservationBase):
             return granted
         finally:
             place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
-            self._line.rest()
+            try:
+                line.rest(place)
+            except BaseException:  # a signal handler raised in the middle of it
+                line.rest(place)
+                raise
 
 
 class _Shared:
@@ -393,6 +414,7 @@ class _Shared:
         limits = line.limits
         self._line = line
         self._limits = limits
+        self._turn = Turn()
         self.now_fn = line.now_fn
         self.key = limits
         self.has_windows = limits.has_windows
@@ -405,7 +427,7 @@ class _Shared:
 
     def try_take(self, amount: Amount, now: float, slack: float = 0.0, held: bool = False) -> float:
         own = self.now_fn()
-        return now + (self._line.take_beside(amount, own, slack, held and self.has_windows) - own)
+        return now + (self._line.take_beside(self._turn, amount, own, slack, held and self.has_windows) - own)
 
     def take_call(self, now: float, slack: float) -> bool:
         return self.try_take(1, now, slack, True) <= now

@@ -5,8 +5,8 @@ it through.  What was worked out is kept with the places, for as long as nothing
 
 Rules: who waits takes the permits itself, by the clock it wakes to; so nobody who wakes late takes what is no longer
 due, and who is interrupted has taken nothing.  A reservation that nobody waits for takes its permits at its instant,
-whoever looks next.  Each one sleeps until its own instant; it is woken where that has become earlier, or where it is the
-first and did not know.  No polling, no background thread.
+whoever looks next.  Each one sleeps until its own instant; it is woken where that has become earlier, or where it is
+the first and did not know.  No polling, no background thread.
 
 Nothing is called between taking the lock and letting it go (see `core/limits.py`).
 """
@@ -17,15 +17,14 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from threading import TIMEOUT_MAX, Lock
-from typing import Any, Protocol
+from typing import Protocol
 
 from .core.bucket import CATCH_UP
-from .core.limits import OPEN, LimitSet, States
-from .errors import optional, refuse, require_at_least, require_callable
+from .core.limits import LimitSet, States
+from .errors import optional, refuse, require_at_least, require_callable, require_number
 from .forks import restart_after_fork
 from .model import Amount
 from .policy import RateLimit, Window, check_limits
-
 
 _AHEAD = 8
 """How many places further on one plans who is not the first: so a plan is had again soon, and nobody pays for all."""
@@ -68,8 +67,8 @@ class ThreadLatch:
 
 
 Pause = tuple[float, bool]
-"""What one who waits does next: wait so many seconds at most to be woken; and whether it may as well sleep them out, because
-it is the first and waits for nothing but the clock."""
+"""What one who waits does next: wait so many seconds at most to be woken; and whether it may as well sleep them out,
+because it is the first and waits for nothing but the clock."""
 
 
 class Place:
@@ -119,6 +118,15 @@ class Place:
         return self.holder is not None and self.holder() is not None
 
 
+class Turn:
+    """When it is the turn of an engine, which cannot wait in the line: after that place."""
+
+    __slots__ = ("behind",)
+
+    def __init__(self) -> None:
+        self.behind: Place | None = None
+
+
 class Line:
     """The state of one or more limiters: the limits, and who waits.
 
@@ -164,6 +172,7 @@ class Line:
             took = ready_at <= now
             if took or ready_at > (now := self.now_fn()):
                 break  # else it was held up, and others went by a later clock
+        limits.keep_up(now)
         if limits.history is not None:
             limits.forget(_is_kept)
         if limits.is_bucket and limits.history is None:
@@ -172,11 +181,21 @@ class Line:
                 limits.shut()
         return took
 
-    def take_beside(self, amount: Amount, now: float, slack: float, held: bool) -> float:
-        """Take for an engine that cannot wait here: return `now` if it may be taken, else when to ask again."""
+    def take_beside(self, turn: Turn, amount: Amount, now: float, slack: float, held: bool) -> float:
+        """Take for an engine that cannot wait here: return `now` if it may be taken, else when to ask again.
+
+        It goes before nobody who stood here when it asked first, and then takes its chance among those who came later.
+        """
         self.pass_due(now)
         if self._paused_until > now:
             return self._paused_until
+        last = self._root.before if turn.behind is None else turn.behind
+        if last.stands:
+            turn.behind = last
+            due_at = self.plan(last, now)
+            if last.stands and due_at is not None and due_at < math.inf:
+                return max(self.limits.ask_in_turn(last.after, amount, due_at)[0], now + self.limits.early)
+        turn.behind = None
         return self.limits.try_take(amount, now, slack, held)
 
     @property
@@ -203,13 +222,16 @@ class Line:
         self.pass_due(now)
         while True:
             last = self._root.before
-            at, states = max(now, self._paused_until), self.limits.read()
+            at, before = max(now, self._paused_until), self.limits.read()
+            states = before
             if last is not self._root:
                 due_at = self.plan(last, now)
                 if not last.stands or due_at is None:
                     continue
                 at, states = max(at, due_at), last.after
-            return at if at == math.inf else self.limits.ask_in_turn(states, amount, at)[0]
+            due_at = at if at == math.inf else self.limits.ask_in_turn(states, amount, at)[0]
+            if self.limits.states is before:
+                return due_at
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
@@ -274,8 +296,9 @@ class Line:
             place.alarm_at = math.inf
             due_at = None
 
-    def leave(self, place: Place) -> None:
-        """Leave, and let the next one look; harmless for one who has left, or never joined."""
+    def leave(self, place: Place) -> bool:
+        """Leave, and let the next one look; harmless for one who does not stand there.  Return whether it did."""
+        stood = False
         if place.stands:
             root = self._root
             not_before = max(self._not_before, self.now_fn())
@@ -287,30 +310,20 @@ class Line:
                     before.behind = behind
                     behind.before = before
                     place.stands = False
+                    stood = True
                     if behind is not root:
                         self._planned_on = None
                     elif self._planned_to is place:
                         self._planned_to = before
         self.wake_first(may_know=place.taken_at is not None)
+        return stood
 
-    def leave_for_good(self, place: Place) -> None:
-        """Leave, also where a signal handler raises in the middle of it."""
-        try:
-            self.leave(place)
-        except BaseException:
-            self.leave(place)
-            raise
-
-    def rest(self) -> None:
-        """Have the first look, when somebody waits for its reservation no more; also where a signal handler raises."""
-        try:
-            self.wake_first()
-        except BaseException:
-            self.wake_first()
-            raise
+    def rest(self, place: Place) -> None:
+        """Have the first look, when nobody waits for a reservation any more; it stays in its place."""
+        self.wake_first(may_know=place.taken_at is not None)
 
     def _take(self, place: Place, now: float) -> float | None:
-        """Take if it may; return `now` if it did, else when to ask again: infinity is after an outcome, None when woken."""
+        """Take if it may; return `now` if it did, else when to ask again: infinity after an outcome, None woken."""
         limits, root = self.limits, self._root
         while True:
             if root.behind.wake is None:
@@ -384,10 +397,8 @@ class Line:
         now = self.now_fn()
         self.pass_due(now)
         self._not_before = max(self._not_before, now)
-        if place.stands:
-            self.leave(place)
-            if place.wake is not None:
-                place.wake()
+        if place.stands and self.leave(place):
+            _wake(place)
             return True
         if place.holder is None or place.taken_at is None:
             return False
@@ -417,8 +428,11 @@ class Line:
         """Let nothing through for so many seconds."""
         now = self.now_fn()
         self.pass_due(now)
-        self._paused_until = max(self._paused_until, now + seconds)
-        self._planned_on = None
+        until = now + seconds
+        with self.limits.lock:
+            if until > self._paused_until:
+                self._paused_until = until
+            self._planned_on = None
         self.limits.shut()
         self._refuse_late(now)
 
@@ -562,7 +576,10 @@ def open_line(limits: Sequence[object], now_fn: Callable[[], float] | None, init
     optional(require_callable, "now_fn", now_fn)
     optional(require_at_least, "initial", initial, 0.0)
     clock = time.monotonic if now_fn is None else now_fn
-    return Line(LimitSet(declared, clock(), Lock(), initial), clock)
+    now = require_number("what now_fn returned", clock(), "a finite number of seconds")
+    if math.isinf(now):
+        refuse("what now_fn returned", now, "a finite number of seconds")
+    return Line(LimitSet(declared, now, Lock(), initial), clock)
 
 
 def check_declared(limits: Sequence[object]) -> list[RateLimit | Window]:

@@ -4,9 +4,9 @@ The state is `zero_at`: the instant at which the bucket would hold no token, so 
 
     tokens(now) = min(burst, (now - zero_at) * rate)
 
-Taking n tokens moves the instant forward by n / rate.  Unless something is given back it only grows: a stale or backward
-clock reading can refuse, but never mint a token.  The rule holds no state; who owns the state commits it by one
-assignment.  (The generic cell rate algorithm, ITU-T I.371, in its virtual scheduling form.)
+Taking n tokens moves the instant forward by n / rate.  Unless something is given back it only grows: a stale or
+backward clock reading can refuse, but never mint a token.  The rule holds no state; who owns the state commits it by
+one assignment.  (The generic cell rate algorithm, ITU-T I.371, in its virtual scheduling form.)
 """
 
 from __future__ import annotations

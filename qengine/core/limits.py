@@ -2,10 +2,10 @@
 
 A `LimitSet` pairs rules (buckets and windows) with their states, in one tuple.
 
-Rules: a new state is worked out first, without the lock, and committed by one assignment if the old one is still there;
-else all is worked out again.  Nothing is called between taking the lock and letting it go.  So no thread is switched
-there, an exception that a signal handler raises takes nothing by halves and leaves no lock held, and a handler that uses
-the same limits finds the lock free.
+Rules: a new state is worked out first, without the lock, and committed by one assignment if the old one is still
+there; else all is worked out again.  Nothing is called between taking the lock and letting it go.  So no thread is
+switched there, an exception that a signal handler raises takes nothing by halves and leaves no lock held, and a
+handler that uses the same limits finds the lock free.
 
 A bucket's instants count from `base`, which follows the clock: an instant far from its origin is a coarse float, and a
 fast rate would be off by what each take is rounded by.
@@ -90,8 +90,8 @@ class LimitSet:
         tokens: In each bucket at the start; None for full ones.
         others: Gives the number of other threads; where there is none, one call is taken without the lock.
 
-    As long as there is something that may be taken back, what happens is remembered; to take it back is to play the rest
-    again without it.
+    As long as there is something that may be taken back, what happens is remembered; to take it back is to play the
+    rest again without it.
 
     A single bucket may be opened: its state is then the float `next_at`, the instant since `origin` at which it has one
     token, on which a limiter takes by itself (see `RateLimiter.try_acquire`).  Everything else shuts it first.
@@ -201,12 +201,7 @@ class LimitSet:
 
     def fits(self, amount: Amount) -> bool:
         """Say whether an amount can be had at all; one of each always can."""
-        if amount == 1:
-            return True
-        for rule in self.rules:
-            if part_of(amount, rule.unit) > rule.most:
-                return False
-        return True
+        return amount == 1 or all(part_of(amount, rule.unit) <= rule.most for rule in self.rules)
 
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
@@ -399,7 +394,11 @@ class LimitSet:
 
     def available(self, now: float) -> float:
         """Return what every limit would grant now."""
-        return min([float(rule.available(state, self._time(rule, now))) for rule, state in paired(self.read())])
+        while True:
+            states = self.read()
+            least = min([float(rule.available(state, self._time(rule, now))) for rule, state in paired(states)])
+            if self.states is states:  # and so the base is theirs
+                return least
 
     # ---- taking back -------------------------------------------------------------------------------------------------
 
