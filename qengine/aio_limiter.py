@@ -159,8 +159,8 @@ class _Keeper:
             leave = self._line.leave if place.holder is None else self._line.rest  # a reservation stays where it is
             try:
                 leave(place)
-            except BaseException:  # a signal handler raised, and nobody would hear of it
-                leave(place)
+            except BaseException:  # a signal handler raised, or the clock; nobody would hear of it
+                continue
 
 
 def _keep(line: Line, kept_by: dict[int, _Kept], place: Place) -> _Kept:
@@ -341,10 +341,7 @@ class AsyncReservation(ReservationBase):
         self._begin_to_wait()
         kept = _keep(line, self._limiter._kept_by, place)
         try:
-            granted = await self._limiter._wait(place, lambda place: None)
-            if granted:
-                place.holder = None
-            return granted
+            return await self._limiter._wait(place, lambda place: None) and line.grant(place)
         finally:
             place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
             try:

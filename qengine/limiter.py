@@ -90,7 +90,7 @@ class LimiterBase(Unique):
         amount = self._checked(amount)
         now = self._now_fn()
         due_at = self._line.due_at(amount, now)
-        return due_at - now if due_at > now + self._limits.early else 0.0
+        return max(0.0, due_at - now)
 
     def refund(self, amount: Amount) -> None:
         """Give back `amount` of what was taken last; of a mapping, the units that it names."""
@@ -168,11 +168,8 @@ class LimiterBase(Unique):
         return Place(amount, now, latest)
 
     def __repr__(self) -> str:
-        waiting = self._line.count()
-        return (
-            f"<{type(self).__name__} of {', '.join(map(_in_words, self._limits.declared))}: "
-            f"{self.available_tokens:g} available, {waiting or 'nobody'} waiting>"
-        )
+        limits, available = ", ".join(map(_in_words, self._limits.declared)), self.available_tokens
+        return f"<{type(self).__name__} of {limits}: {available:g} available, {self._line.count() or 'nobody'} waiting>"
 
 
 def _in_words(limit: RateLimit | Window) -> str:
@@ -394,10 +391,7 @@ class Reservation(ReservationBase):
         place, line = self._place, self._line
         self._begin_to_wait()
         try:
-            granted = self._limiter._wait(place, lambda place: None)
-            if granted:
-                place.holder = None
-            return granted
+            return self._limiter._wait(place, lambda place: None) and line.grant(place)
         finally:
             place.wake = None  # it stays, and nobody waits for it: said first, by what no signal can interrupt
             try:

@@ -360,6 +360,7 @@ class Line:
                     behind.before = root
                     place.stands = False
                     place.taken_at = now
+                    place.holder = None
                     self._not_before = not_before
                     self._planned_on = after if goes_as_planned else None
                     if self._planned_to is place:
@@ -400,12 +401,20 @@ class Line:
         if place.stands and self.leave(place):
             _wake(place)
             return True
-        if place.holder is None or place.taken_at is None:
+        with self.limits.lock:
+            was_taken = place.holder is not None and place.taken_at is not None
+            if was_taken:
+                place.holder = place.taken_at = None
+        if not was_taken or not self.limits.take_back(place):
             return False
-        self.limits.take_back(place)
-        place.taken_at = None
         self._tell()
         return True
+
+    def grant(self, place: Place) -> bool:
+        """Have what a reservation took used for good, unless it was cancelled in the same moment."""
+        with self.limits.lock:
+            place.holder = None
+            return place.taken_at is not None
 
     # ---- what changes the line ---------------------------------------------------------------------------------------
 

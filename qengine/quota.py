@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock, RLock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from .core.quota import Hold, Ledger
@@ -85,7 +85,7 @@ class Account:
     def start_afresh(self) -> None:
         """Take new locks.  The counts stay: a child that forgot what its parent has used would use it again."""
         self._lock = RLock()  # a signal handler may come back to it
-        self._telling = Lock()
+        self._teller: object = None  # who tells the alerts at the moment
         self._due.clear()  # the parent tells them
 
     def twin(self, now_fn: Callable[[], float]) -> Account:
@@ -153,12 +153,17 @@ class Account:
 
     def tell(self) -> None:
         """Tell the alerts that are due, one at a time: if another thread is at it, it tells these too."""
-        while self._due and self._telling.acquire(False):
+        me = object()
+        while self._due and self._teller is None:
             try:
-                while self._due:
+                with self._lock:
+                    if self._teller is None:
+                        self._teller = me
+                while self._teller is me and self._due:
                     self._tell_one(*self._due.popleft())
             finally:
-                self._telling.release()
+                if self._teller is me:
+                    self._teller = None
 
     def _tell_one(self, share: float, used: float, ends_at: float) -> None:
         assert self._on_alert is not None

@@ -441,3 +441,11 @@ def test_in_a_simulation_the_days_of_a_quota_pass() -> None:
 def test_a_quota_that_is_none_is_refused(quota: Any) -> None:
     with pytest.raises(TypeError, match=r"quota is .*allowed is a Quota"):
         Source("s", lambda query: [1], quota=quota)
+
+
+def test_a_quota_of_money_is_used_by_what_the_source_costs() -> None:
+    quota = Quota(0.05, unit="cost", per="day")
+    source = Source("paid", lambda query: [query.payload], cost=0.02, quota=quota)
+    report = QueryExecutor([source], Flat()).run(range(4))
+    assert (report.success_count, report.skipped_count) == (2, 2)
+    assert quota.used == pytest.approx(0.04) == report.total_cost

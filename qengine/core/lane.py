@@ -387,8 +387,16 @@ class Lane:
         """Refuse an amount that could never be had."""
         quota = self.quota
         self.gate.check(amount, self.units)
-        if quota is not None and part_of(amount, quota.unit) > quota.limit:
+        if quota is not None and self.quota_part(amount) > quota.limit:
             refuse("amount", amount, f"at most {quota.limit:.12g} {quota.unit}: the quota never has more")
+
+    def quota_part(self, amount: Amount) -> float:
+        """Return how much of its quota an amount is; of money, unless it says so, what a call of this source costs."""
+        assert self.quota is not None
+        unit = self.quota.unit
+        if unit == "cost" and not (isinstance(amount, Mapping) and unit in amount):
+            return self.cost
+        return part_of(amount, unit)
 
     def head(self) -> Attempt | None:
         """Return the task to be admitted next."""

@@ -423,19 +423,19 @@ class LimitSet:
             before, events = events[0][1](before), events[1:]
         return before, (*events, (owner, change))
 
-    def take_back(self, owner: object) -> None:
-        """Be as if what `owner` took had never been taken, as far as that is remembered."""
+    def take_back(self, owner: object) -> bool:
+        """Be as if what `owner` took had never been taken; return whether that is still remembered."""
         while True:
             states, history = self.read(), self.history
             if history is None or all(other is not owner for other, _ in history[1]):
-                return
+                return False
             before, events = history
             events = tuple([event for event in events if event[0] is not owner])
             after = before
             for _, change in events:
                 after = change(after)
             if self.swap(states, (*after[:-1], after[-1]), (before, events)):
-                return
+                return True
 
     def forget(self, is_wanted: Callable[[object], bool]) -> None:
         """Remember no more than is needed for the owners that are still wanted."""

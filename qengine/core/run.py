@@ -30,7 +30,6 @@ from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
 from .lane import SLOW_PULL, Attempt, Feed, FeedKind, Lane
-from .limits import part_of
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
@@ -607,7 +606,7 @@ class Run:
             gate.keep_shut(now)
         quota, part = lane.quota, 0.0
         spent = lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget)
-        if quota is not None and not spent and not quota.fits(part := part_of(attempt.amount, quota.unit)):
+        if quota is not None and not spent and not quota.fits(part := lane.quota_part(attempt.amount)):
             if lane.running and quota.might_fit(part):
                 return INF  # what runs may turn out to use less
             spent = True
@@ -787,7 +786,7 @@ class Run:
             return False
         quota = lane.quota
         if (lane.budget is not None and lane.budget < 1) or (
-            quota is not None and not quota.might_fit(part_of(attempt.amount, quota.unit))
+            quota is not None and not quota.might_fit(lane.quota_part(attempt.amount))
         ):
             self._fail(attempt, error, now)
             return False

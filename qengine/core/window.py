@@ -81,6 +81,8 @@ class RollingWindow:
     def settle(self, state: Slots, amount: float, now: float, used: float) -> Slots:
         """Return the state after the outcome of a call whose slot was held, and turned out to have used `used`."""
         state = self._at(state, now)
+        if state[3] < amount * (1.0 - _ROUNDING):  # it was not: the limit is younger than the call
+            return self.charge(state, used - amount, now) if used > amount else self.refund(state, amount - used, now)
         return self._with(_holding(state, _left(state[3], amount)), now + self.seconds, used)
 
     def undo(self, state: Slots, amount: float) -> Slots:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context, ContextVar
 from itertools import islice
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from ..core.lane import SLOW_PULL, Attempt, Feed
@@ -65,12 +66,13 @@ def current_worker() -> tuple[HasWork, Clock] | None:
 class CurrentAttempt:
     """What a running task can learn and say of its own attempt; `current_attempt()` returns it."""
 
-    __slots__ = ("_attempt", "_now_fn", "cancel", "deadline", "number", "source", "task", "used")
+    __slots__ = ("_attempt", "_now_fn", "_used", "cancel", "deadline", "number", "source", "task", "used")
 
     def __init__(self, attempt: Attempt, now_fn: Callable[[], float]) -> None:
         self._attempt = attempt
         self._now_fn = now_fn
-        self.used: dict[str, float] = {}
+        self._used: dict[str, float] = {}
+        self.used: Mapping[str, float] = MappingProxyType(self._used)
         self.task: Task[Any] = task_of(attempt)
         self.number = attempt.number
         self.source = attempt.lane.name
@@ -112,7 +114,7 @@ class CurrentAttempt:
         if attempt.view is not self:
             raise RuntimeError("record() was called after the attempt had ended")
         attempt.is_plain = False  # its use is its own
-        self.used.update(units)
+        self._used.update(units)
 
     def _check_unit(self, unit: str) -> None:
         if unit in RECORDABLE:
