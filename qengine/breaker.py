@@ -26,12 +26,14 @@ from weakref import ReferenceType, ref
 
 from .core.breaker import CLOSED, Breaker
 from .core.breaker import BreakerState as BreakerState
-from .drivers.calls import is_async
+from .drivers.calls import PLAIN_VALUES, is_async
 from .errors import (
     BreakerOpenError,
     BudgetExceededError,
     RateLimitError,
+    Single,
     optional,
+    refuse,
     refuse_type,
     require_callable,
     require_kind,
@@ -46,8 +48,6 @@ Failures = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception],
 
 _NO_PROBE = object()
 _SAYS_NOTHING = (RateLimitError, BreakerOpenError, BudgetExceededError)  # the source is well, or was not asked
-
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})  # known at a glance
 
 _inside: ContextVar[tuple[ReferenceType[BreakerAttempt], ...]] = ContextVar("qengine_probes", default=())
 """The probes that this code is part of."""
@@ -129,7 +129,7 @@ class BreakerAttempt:
             self._breaker._settle(self.mark, verdict)
 
 
-class CircuitBreaker:
+class CircuitBreaker(Single):
     """Lets calls through to a source as long as it does well; refuses them at once while it does not.
 
     Around each call: `with breaker:`, `async with breaker:`, or `@breaker` on a function or coroutine function.  What
@@ -291,12 +291,6 @@ class CircuitBreaker:
         with self._lock:
             self._core.trip(now)
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a CircuitBreaker cannot be copied or pickled: those who share a source share its breaker; for another "
-            "source or process make one of the same policy"
-        )
-
     def __repr__(self) -> str:
         state = self.state
         left = f", next try in {round(self.retry_after(), 3):g} s" if state is BreakerState.OPEN else ""
@@ -394,7 +388,7 @@ class CircuitBreaker:
             if probe is not None:
                 with probe:
                     value = fn(*args, **kwargs)
-                    if type(value) not in _PLAIN and hasattr(type(value), "__await__"):
+                    if type(value) not in PLAIN_VALUES and hasattr(type(value), "__await__"):
                         probe.dropped()
                         _refuse_awaitable(fn, value)
                     return value
@@ -403,7 +397,7 @@ class CircuitBreaker:
             except Exception as error:
                 self._judge(_NO_PROBE, error)
                 raise
-            if type(value) not in _PLAIN and hasattr(type(value), "__await__"):
+            if type(value) not in PLAIN_VALUES and hasattr(type(value), "__await__"):
                 _refuse_awaitable(fn, value)
             if not self._core.spotless:
                 self._settle(_NO_PROBE, True)
@@ -453,6 +447,8 @@ def _refuse_awaitable(fn: Callable[..., object], value: Any) -> NoReturn:
 def _check_failures(failure_on: object) -> tuple[type[Exception], ...] | Callable[[Exception], bool | None]:
     """Refuse what says nothing about exceptions; a class alone becomes a tuple."""
     kinds = (failure_on,) if isinstance(failure_on, type) else failure_on
+    if kinds == ():
+        refuse("failure_on", failure_on, "at least one exception class: without one it would never open")
     if isinstance(kinds, tuple):
         for kind in kinds:
             if not (isinstance(kind, type) and issubclass(kind, Exception)):

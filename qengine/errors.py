@@ -68,6 +68,18 @@ class BreakerOpenError(QEngineError):
         return type(self), (self.args[0], self.retry_after)
 
 
+class Single:
+    """What there is once: a copy of it would grant the same things again."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: a copy would grant the same again; "
+            "hand on the object itself, and in another process make a new one"
+        )
+
+
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Raise the ValueError of an argument whose value is out of range."""
     raise ValueError(f"{name} is {value!r}, allowed is {allowed}")
@@ -82,7 +94,7 @@ def require_number(name: str, value: object, allowed: str = "a number") -> float
     """Refuse what is not a real number; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse_type(name, value, allowed)
-    if math.isnan(value):
+    if value != value:  # NaN; an int may be too large for `math.isnan`
         refuse(name, value, allowed)
     return value
 
@@ -91,7 +103,7 @@ def require_positive(name: str, value: object, *, finite: bool = True) -> float:
     """Refuse what is not a number above 0."""
     allowed = "a finite number > 0" if finite else "a number > 0"
     number = require_number(name, value, allowed)
-    if number <= 0 or (finite and math.isinf(number)):
+    if number <= 0 or (finite and number == math.inf):
         refuse(name, value, allowed)
     return number
 
@@ -100,7 +112,7 @@ def require_at_least(name: str, value: object, least: float) -> float:
     """Refuse what is not a finite number of `least` or more."""
     allowed = f"a finite number >= {least:g}"
     number = require_number(name, value, allowed)
-    if number < least or math.isinf(number):
+    if number < least or number == math.inf:
         refuse(name, value, allowed)
     return number
 

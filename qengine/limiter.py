@@ -12,13 +12,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final, NoReturn, ParamSpec, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar
 from weakref import ref
 
 from .core.limits import check_units, part_of
 from .drivers.calls import refuse_async
 from .drivers.virtual import VirtualLatch, clock_of
-from .errors import optional, require_amount, require_at_least, require_callable
+from .errors import Single, optional, require_amount, require_at_least, require_callable
 from .line import Latch, Line, Place, ThreadLatch, Turn, check_declared, open_line
 from .model import Amount
 from .policy import RateLimit, Window
@@ -32,19 +32,7 @@ ONE: Final[Amount] = 1
 INF: Final = math.inf
 
 
-class Unique:
-    """What there is once, and no copy of."""
-
-    __slots__ = ()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: a copy would grant the same permits again; "
-            "hand on the object itself, and in another process make a new one"
-        )
-
-
-class LimiterBase(Unique):
+class LimiterBase(Single):
     """What limiters for threads and for asyncio have in common: all but how they wait."""
 
     def __init__(self, line: Line) -> None:
@@ -178,7 +166,7 @@ def _in_words(limit: RateLimit | Window) -> str:
     return f"{limit.rate:g} {limit.unit}/s (burst {limit.burst:g})"
 
 
-class ReservationBase(Unique):
+class ReservationBase(Single):
     """A place in the line of a limiter, taken or to be taken: what it is in both worlds."""
 
     __slots__ = ("__weakref__", "_line", "_place")
@@ -411,9 +399,10 @@ class _Shared:
         self._turn = Turn()
         self.now_fn = line.now_fn
         self.key = limits
-        self.has_windows = limits.has_windows
+        self.has_windows = True  # or may have tomorrow, see `set_limits`
         self.check = limits.check
         self.watch = limits.watch
+        self.unwatch = limits.unwatch
 
     @property
     def units(self) -> set[str]:
@@ -421,7 +410,7 @@ class _Shared:
 
     def try_take(self, amount: Amount, now: float, slack: float = 0.0, held: bool = False) -> float:
         own = self.now_fn()
-        return now + (self._line.take_beside(self._turn, amount, own, slack, held and self.has_windows) - own)
+        return now + (self._line.take_beside(self._turn, amount, own, slack, held) - own)
 
     def take_call(self, now: float, slack: float) -> bool:
         return self.try_take(1, now, slack, True) <= now

@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .core.quota import Hold, Ledger
 from .drivers.calls import refuse_async
 from .errors import (
     BudgetExceededError,
+    Single,
     optional,
     refuse,
     refuse_type,
@@ -173,7 +174,7 @@ class Account:
             _log.exception("on_alert raised; what it was told of counts all the same")
 
 
-class QuotaReservation:
+class QuotaReservation(Single):
     """An amount reserved of a quota, in the period in which it was reserved.
 
     It counts until it is settled by `commit` or `release`; the first of them does it, from any thread, and later ones
@@ -219,7 +220,7 @@ class QuotaReservation:
         return f"<QuotaReservation of {_plain(hold.amount)} {self._account.unit}: {state}>"
 
 
-class Quota:
+class Quota(Single):
     """At most `limit` units in a period of the calendar, counted across everything that shares this object.
 
     Args:
@@ -350,9 +351,6 @@ class Quota:
     def _alert(self, share: float, used: float, ends_at: float) -> None:
         assert self._on_alert is not None
         self._on_alert(QuotaAlert(share, used, self.limit, self.unit, _local(ends_at, self._tz)))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a Quota cannot be copied or pickled: a second one would grant the same once more")
 
     def __repr__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""What a limiter does beyond acquire: reservations, refunds, debts, pauses, other limits, decorators; in both worlds."""
+"""What a limiter does beyond acquire: reservations, refunds, debts, pauses, other limits, decorators."""
 
 from __future__ import annotations
 

@@ -36,6 +36,14 @@ class Relief:
             self._is_armed = True
             self._limits.watch(self)
 
+    def rest(self) -> None:
+        """Be called no more; who begins to wait in this instant looks again."""
+        if self._is_armed:
+            self._limits.unwatch(self)
+            self._is_armed = False
+            if self._waiting:
+                self()
+
     def __call__(self) -> None:
         self._is_armed = False  # first: who begins to wait now arms it again
         waiting = self._waiting
@@ -252,6 +260,13 @@ class Gate:
         for relief in self._reliefs:
             relief.arm()
         return True
+
+    def leave(self, who: object) -> None:
+        """Call nobody for `who`, whose run is over; and be called by no limits when nobody is left."""
+        self.forget(who)
+        if not self._waiting:
+            for relief in self._reliefs:
+                relief.rest()
 
     def forget(self, who: object) -> None:
         """Call nobody for `who` any more."""

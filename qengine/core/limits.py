@@ -98,7 +98,6 @@ class LimitSet:
     """
 
     __slots__ = (
-        "_only",
         "_others",
         "_tokens",
         "_watchers",
@@ -136,8 +135,7 @@ class LimitSet:
         self.declared = tuple(limits)
         self.rules: tuple[Rule, ...] = tuple([make_rule(limit) for limit in self.declared])
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
-        self._only = self.rules[0] if len(self.rules) == 1 else None
-        self.is_bucket = type(self._only) is TokenBucket
+        self.is_bucket = len(self.rules) == 1 and type(self.rules[0]) is TokenBucket
 
     def renew(self, now: float, lock: Lock) -> None:
         """Be as new, with a new lock."""
@@ -186,7 +184,6 @@ class LimitSet:
                     self.declared = other.declared
                     self.has_windows = other.has_windows
                     self.is_bucket = other.is_bucket
-                    self._only = other._only
                     return
 
     @property
@@ -335,17 +332,26 @@ class LimitSet:
 
     def take_call(self, now: float, slack: float) -> bool:
         """Take one call, held, if it is there now: as `try_take`, and in short where there is one bucket."""
-        only, others = self._only, self._others
-        if type(only) is not TokenBucket or others is None or others():
-            return self.try_take(1, now, slack, True) <= now
-        # There is no other thread, nor will there be before this is done: the lock would cost more than all the rest.
-        inner = now - self.base
-        ready_at, state = only.ask(self.states[0], 1, inner, slack, True, self.early)
-        if ready_at > inner:
-            self.keep_up(now)
-            return False
-        self.states = (state, self.rules)
-        return True
+        others = self._others
+        while True:
+            states = self.states
+            if len(states) != 2 or type(states[1][0]) is not TokenBucket or self.history is not None:
+                return self.try_take(1, now, slack, True) <= now
+            zero_at, (rule,) = states
+            inner = now - self.base
+            oldest = inner - rule.span - slack
+            taken = (zero_at if zero_at > oldest else oldest) + rule.interval
+            if taken > inner + self.early:
+                return self.try_take(1, now, slack, True) <= now
+            after = (taken, states[1])
+            if others is not None and not others():
+                # There is no other thread, nor will there be before this is done: the lock would cost more than all.
+                self.states = after
+                return True
+            with self.lock:
+                if self.states is states:
+                    self.states = after
+                    return True
 
     def settle(self, amount: Amount, now: float, used: Mapping[str, float] | None = None) -> None:
         """Say that a call has its outcome: from here the slots it held run out.
@@ -357,7 +363,8 @@ class LimitSet:
             part = part_of(amount, rule.unit)
             return rule.settle(state, part, self._time(rule, now), part if used is None else used.get(rule.unit, part))
 
-        self._change(settled)
+        if used is not None or self.has_windows:
+            self._change(settled)
         self.tell()
 
     def tell(self) -> None:
@@ -391,6 +398,13 @@ class LimitSet:
     def watch(self, wake: Callable[[], object]) -> None:
         """Have `wake` called, once, after the next outcome, or when something is given back."""
         self._watchers.append(wake)
+
+    def unwatch(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called no more, if it has not been."""
+        try:
+            self._watchers.remove(wake)
+        except ValueError:
+            return
 
     def available(self, now: float) -> float:
         """Return what every limit would grant now."""

@@ -1037,7 +1037,7 @@ class Run:
         if not self._running and not self._pulls and self._is_done():
             self._over = True
             for lane in self.lanes:
-                lane.gate.forget(lane)
+                lane.gate.leave(lane)
             return DONE
         if self.due_at == INF:
             return ON_EVENT

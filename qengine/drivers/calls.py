@@ -141,6 +141,9 @@ def current_attempt() -> CurrentAttempt:
     >>> report.total_tokens, report.total_cost, dict(report.results[0].usage)
     (8.0, 1.0, {'tokens': 3.0, 'cost': 0.5, 'calls': 1.0})
 
+    A task of an event loop that outlives the attempt it was started in would find the next one: hand it what this
+    returned, which knows when its attempt has ended.
+
     Raises:
         RuntimeError: Outside of a task, which is also in a thread that the task has started.
     """
