@@ -15,14 +15,14 @@ The floor is the least that a limiter with a lock and a clock can be, with the s
 Every candidate's call stands in a loop that is compiled for it alone, as one would write it.  A peer is called by the
 shortest way of its documentation that does not wait, and keeps its state in memory; where it has several algorithms,
 the quick ones are shown.  `granted` is at a rate that never refuses, `refused` at one permit a day.  On several
-threads each takes permits behind a barrier for a quarter of a second, seven times in turn with the others, of which the
-best counts; a refusal there is no permit.
+threads each takes permits behind a barrier for a second, three times in turn with the others, of which the best counts;
+a refusal there is no permit.
 
 Who blocks has the same limit: a rate, and a burst of 20 ms of it, which is also how late a bucket of qengine's may be
 and still make it good.  A window of 20 ms stands for a peer that knows no bursts; throttled-py, which never sleeps
 less than 0.2 s, is shown with a burst of a second as well.  Rate and shares of the threads (the smallest of the
-largest) are of the permits after the burst; CPU time is the whole process's.  qengine has two turns, before and after
-the peers, of which the better figures count; with asyncio all have two.
+largest) are of the permits after the burst; CPU time is the whole process's, and beside it stands what as many bare
+sleeps cost.  With asyncio all have two turns.
 
 The bytes of a key are what tracemalloc counts in a process of their own after one permit for each key, the keys
 themselves not counted; `back` is the share of it that is free when an hour has passed on the clock, and some more
@@ -56,8 +56,7 @@ from typing import Any
 
 from _harness import machine, minima, table
 
-import qengine
-from qengine import AsyncRateLimiter, RateLimit, RateLimiter
+from qengine import AsyncRateLimiter, KeyedRateLimiter, RateLimit, RateLimiter
 
 OURS = "qengine"
 FLOOR = "floor"
@@ -448,9 +447,7 @@ async def stand_in_line(each: AsyncCandidate, rate: int, waiters: int) -> Served
 
 
 def keyed_qengine(keys: int) -> Callable[[str], object]:
-    limiter: Any = qengine.KeyedRateLimiter(RateLimit(per_hour=20, burst=10))
-    take: Callable[[str], object] = limiter.try_acquire
-    return take
+    return KeyedRateLimiter(RateLimit(per_hour=60, burst=10)).try_acquire
 
 
 def keyed_token_bucket(keys: int) -> Callable[[str], object]:
@@ -535,7 +532,7 @@ class Size:
     keys_of_peers: int      # some take a minute for a million
 
 
-FULL = Size(1000, 50, 0.25, 7, 1.0, 2000, 1_000_000, 100_000)
+FULL = Size(1000, 50, 1.0, 3, 1.0, 2000, 1_000_000, 100_000)
 QUICK = Size(1000, 20, 0.2, 1, 0.2, 500, 100_000, 20_000)
 SCENES = ((100, 4, 200), (1000, 4, 3000), (1000, 100, 5000))    # a rate, the threads that block, the permits they get
 
@@ -597,24 +594,45 @@ def show_calls(size: Size) -> list[Verdict]:
     ]
 
 
+def sleep_alone(rate: int, threads: int, waits: int) -> float:
+    """CPU seconds of as many threads that sleep as often and as long, and do nothing else."""
+    def sleep() -> None:
+        for _ in range(waits // threads):
+            time.sleep(threads / rate)
+
+    begun = time.process_time()
+    sleepers = [threading.Thread(target=sleep) for _ in range(threads)]
+    for sleeper in sleepers:
+        sleeper.start()
+    for sleeper in sleepers:
+        sleeper.join()
+    return time.process_time() - begun
+
+
+async def sleep_in_line(rate: int, count: int) -> float:
+    """CPU seconds of as many tasks, each of which sleeps until its turn, and does nothing else."""
+    begun = time.process_time()
+    await asyncio.gather(*[asyncio.sleep(number / rate) for number in range(count)])
+    return time.process_time() - begun
+
+
 def show_blocking(size: Size) -> list[Verdict]:
     rows, verdicts = [], []
     there = [each for each in BLOCKERS if find_spec(each.needs) is not None]
     results: dict[str, list[Served]] = {each.name: [] for each in there}
+    sleeping: list[float] = []
     for rate, threads, permits in SCENES:
         waits = round(size.blocking * permits)
-        best: dict[str, Served] = {}
-        for each in [*there, there[0]]:
-            served = block(each, rate, threads, waits)
-            best[each.name] = served.best(best.get(each.name, served))
-        for name, served in best.items():
+        all_served = {each.name: block(each, rate, threads, waits) for each in there}
+        for name, served in all_served.items():
             results[name].append(served)
-        ours, where = best[OURS], f"{threads} threads at {rate}/s"
+        sleeping.append(sleep_alone(rate, threads, waits))
+        ours, where = all_served[OURS], f"{threads} threads at {rate}/s"
         verdicts += [
             at_least(f"{where}, of the rate", ours.rate, RATE_BOUND),
             at_least(f"{where}, smallest share of the largest", ours.share, SHARE_BOUND),
             ahead(f"{where}, who keeps both", "CPU", {
-                name: served.cpu for name, served in best.items() if name == OURS or served.keeps(SHARE_BOUND)
+                name: served.cpu for name, served in all_served.items() if name == OURS or served.keeps(SHARE_BOUND)
             }),
         ]
         if (rate, threads) == (1000, 4):
@@ -630,6 +648,7 @@ def show_blocking(size: Size) -> list[Verdict]:
         rows.append([blocker.name, *cells] if cells else missing(blocker.name, 9))
     for name in ("token-bucket", "limits"):
         rows.append([f"{name} (cannot block)", *["-"] * 9])
+    rows.append(["time.sleep alone", *[cell for cpu in sleeping for cell in ("-", "-", f"{cpu:.3f}")]])
     head = [cell for rate, threads, _ in SCENES for cell in (f"{threads} thr., {rate}/s", "shares", "CPU s")]
     print(table(["blocking", *head], rows), end="\n\n", flush=True)
     return verdicts
@@ -655,7 +674,8 @@ def show_asyncio(size: Size) -> list[Verdict]:
         return [*cells, f"{served.rate:.1%}", "yes" if served.in_order else "NO", f"{served.cpu:.3f}"]
 
     head = ["asyncio", "await, ns", "x empty", f"{size.waiters} tasks, {rate}/s", "in order", "CPU s"]
-    print(table(head, [row(each.name) for each in ASYNC_CANDIDATES]), end="\n\n", flush=True)
+    floor = ["asyncio.sleep alone", "-", "-", "-", "-", f"{asyncio.run(sleep_in_line(rate, size.waiters)):.3f}"]
+    print(table(head, [*[row(each.name) for each in ASYNC_CANDIDATES], floor]), end="\n\n", flush=True)
     ours = lines[OURS]
     where = f"{size.waiters} tasks at {rate}/s"
     return [
@@ -672,25 +692,20 @@ def show_asyncio(size: Size) -> list[Verdict]:
 
 def show_keys(size: Size) -> list[Verdict]:
     there = [name for name, (needs, _) in KEYED.items() if find_spec(needs) is not None]
-    if not hasattr(qengine, "KeyedRateLimiter"):
-        there.remove(OURS)
     weights = {name: weigh_apart(name, size.keys_of_peers) for name in there}
     rows = [
         [name, f"{size.keys_of_peers:,}", f"{weights[name][0]:.0f}", f"{weights[name][1]:.0%}"]
         if name in weights else missing(name, 3)
         for name in KEYED
     ]
-    verdicts: list[Verdict] = [("KeyedRateLimiter: is there", None, OURS in there)]
-    if OURS in there:
-        weight, free = weigh_apart(OURS, size.keys)
-        rows.insert(0, [OURS, f"{size.keys:,}", f"{weight:.0f}", f"{free:.0%}"])
-        verdicts = [
-            at_most("a key", max(weight, weights[OURS][0]), KEY_BYTES_BOUND, "bytes"),
-            at_least("back after an hour", min(free, weights[OURS][1]), BACK_BOUND),
-            ahead("a key", "memory", {name: weight for name, (weight, _) in weights.items()}),
-        ]
+    weight, free = weigh_apart(OURS, size.keys)
+    rows.insert(0, [OURS, f"{size.keys:,}", f"{weight:.0f}", f"{free:.0%}"])
     print(table(["keys", "how many", "bytes a key", "back"], rows), end="\n\n", flush=True)
-    return verdicts
+    return [
+        at_most("a key", max(weight, weights[OURS][0]), KEY_BYTES_BOUND, "bytes"),
+        at_least("back after an hour", min(free, weights[OURS][1]), BACK_BOUND),
+        ahead("a key", "memory", {name: weight for name, (weight, _) in weights.items()}),
+    ]
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from .errors import (
     TransientError,
 )
 from .executor import ConcurrentExecutor, TaskScheduler
+from .keyed import KeyedRateLimiter
 from .limiter import RateLimiter, Reservation
 from .manifest import RunManifest
 from .model import (
@@ -45,10 +46,12 @@ if _TYPE_CHECKING:
     from .aio import AsyncQueryExecutor as AsyncQueryExecutor
     from .aio import AsyncStream as AsyncStream
     from .aio import AsyncTaskScheduler as AsyncTaskScheduler
+    from .aio_keyed import AsyncKeyedRateLimiter as AsyncKeyedRateLimiter
     from .aio_limiter import AsyncRateLimiter as AsyncRateLimiter
 else:  # loaded when they are first asked for: asyncio is not for everybody
     _LAZY = {
         "AsyncConcurrentExecutor": "aio",
+        "AsyncKeyedRateLimiter": "aio_keyed",
         "AsyncQueryExecutor": "aio",
         "AsyncRateLimiter": "aio_limiter",
         "AsyncStream": "aio",
@@ -80,6 +83,7 @@ __all__ = [
     "ConcurrentExecutor",
     "Event",
     "ExecutionPolicy",
+    "KeyedRateLimiter",
     "Plan",
     "QEngineError",
     "Query",

@@ -25,7 +25,7 @@ from qengine import (
 
 POLICY = "RateLimit Window RetryPolicy BreakerPolicy StopConditions ExecutionPolicy RunManifest"
 MODEL = "Task TaskStatus TaskResult Query QueryResult RunReport CollectionReport Event CancellationToken"
-PARTS = "RateLimiter Reservation CircuitBreaker BreakerState Quota QuotaAlert current_attempt"
+PARTS = "RateLimiter KeyedRateLimiter Reservation CircuitBreaker BreakerState Quota QuotaAlert current_attempt"
 ENGINE = "ConcurrentExecutor TaskScheduler Source Plan QueryExecutor Stream"
 FUNCTIONS = "in_thread simulate"
 ERRORS = "QEngineError TaskError TransientError RateLimitError TaskTimeoutError BudgetExceededError BreakerOpenError"
@@ -38,12 +38,13 @@ def test_a_public_name_is_offered_and_listed(name: str) -> None:
     assert name in dir(qengine)
 
 
-ASYNC = "AsyncRateLimiter AsyncConcurrentExecutor AsyncTaskScheduler AsyncQueryExecutor AsyncStream"
+ASYNC_PARTS = "AsyncRateLimiter AsyncKeyedRateLimiter"
+ASYNC = f"{ASYNC_PARTS} AsyncConcurrentExecutor AsyncTaskScheduler AsyncQueryExecutor AsyncStream"
 
 
 @pytest.mark.parametrize("name", ASYNC.split())
 def test_a_name_for_asyncio_is_offered_but_not_listed_for_it_would_be_loaded(name: str) -> None:
-    assert getattr(qengine, name).__module__ in ("qengine.aio", "qengine.aio_limiter")
+    assert getattr(qengine, name).__module__ in ("qengine.aio", "qengine.aio_keyed", "qengine.aio_limiter")
     assert name not in qengine.__all__
     assert name in dir(qengine)
 

@@ -33,7 +33,8 @@ NOT_LOADED = {"asyncio", "concurrent", "http", "sqlite3", "urllib", "xml"}
 OFFERED_SO_FAR = {
     "RateLimit", "Window", "RetryPolicy", "BreakerPolicy", "StopConditions", "ExecutionPolicy", "RunManifest",
     "Task", "TaskStatus", "TaskResult", "Query", "QueryResult", "RunReport", "CollectionReport", "CancellationToken",
-    "RateLimiter", "Reservation", "CircuitBreaker", "Quota", "current_attempt", "in_thread", "simulate",
+    "RateLimiter", "KeyedRateLimiter", "Reservation", "CircuitBreaker", "Quota",
+    "current_attempt", "in_thread", "simulate",
     "ConcurrentExecutor", "TaskScheduler", "Source", "Plan", "QueryExecutor", "Stream",
     "QEngineError", "TaskError", "TransientError", "RateLimitError", "TaskTimeoutError", "BudgetExceededError",
     "BreakerOpenError",
