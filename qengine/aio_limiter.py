@@ -155,10 +155,8 @@ class _Keeper:
         places = self._kept.places
         while places:
             place = places.pop()
-            place.wake = None
-            leave = self._line.leave if place.holder is None else self._line.rest  # a reservation stays where it is
             try:
-                leave(place)
+                self._line.abandon(place)
             except BaseException:  # a signal handler raised, or the clock; nobody would hear of it
                 continue
 
@@ -308,6 +306,7 @@ class AsyncRateLimiter(LimiterBase):
         """Wait in a place until it is its turn; return False if that cannot be, or if it was cancelled."""
         latch = self._make_latch()
         place.sleeps = self._sleep_fn is not None
+        place.is_over = asyncio.get_running_loop().is_closed  # a keeper may itself be kept, by a traceback
         place.wake = latch.wake
         for step in self._line.steps(place, begin(place)):
             if isinstance(step, bool):

@@ -36,6 +36,7 @@ from .errors import (
     refuse,
     refuse_type,
     require_callable,
+    require_instant,
     require_kind,
 )
 from .forks import restart_after_fork
@@ -192,6 +193,7 @@ class CircuitBreaker(Single):
         self.name = name
         self._failure_on = _check_failures(failure_on)
         self._now_fn = time.monotonic if now_fn is None else now_fn
+        require_instant(self._now_fn())
         self.start_afresh()
         restart_after_fork(self)
 

@@ -126,6 +126,14 @@ def require_duration(name: str, value: object) -> float:
     return number
 
 
+def require_instant(now: object, allowed: str = "a finite number of seconds") -> float:
+    """Refuse what a clock shows if it is no instant."""
+    instant = require_number("what now_fn returned", now, allowed)
+    if math.isinf(instant):
+        refuse("what now_fn returned", now, allowed)
+    return instant
+
+
 def require_count(name: str, value: object, least: int = 1) -> int:
     """Refuse what is not a whole number of `least` or more."""
     allowed = f"a whole number >= {least}"

@@ -21,10 +21,10 @@ from typing import Protocol
 
 from .core.bucket import CATCH_UP
 from .core.limits import LimitSet, States
-from .errors import optional, refuse, require_at_least, require_callable, require_number
+from .errors import optional, refuse, refuse_type, require_at_least, require_callable, require_instant
 from .forks import restart_after_fork
 from .model import Amount
-from .policy import RateLimit, Window, check_limits
+from .policy import LiveLimit, RateLimit, Window
 
 _AHEAD = 8
 """How many places further on one plans who is not the first: so a plan is had again soon, and nobody pays for all."""
@@ -83,8 +83,8 @@ class Place:
     """
 
     __slots__ = (
-        "after", "alarm_at", "amount", "before", "behind", "due_at", "holder", "is_refused", "joined_at", "latest",
-        "plan", "sleeps", "stands", "taken_at", "wake",
+        "after", "alarm_at", "amount", "before", "behind", "due_at", "holder", "is_over", "is_refused", "joined_at",
+        "latest", "plan", "sleeps", "stands", "taken_at", "wake",
     )
 
     before: Place
@@ -106,6 +106,7 @@ class Place:
         self.stands = False
         self.taken_at: float | None = None
         self.holder: Callable[[], object] | None = None  # gives who may give back what it took, while there is one
+        self.is_over: Callable[[], bool] | None = None  # whether who waits is gone, and may not have left
         self.is_refused = False  # since the limits were changed
         self.alarm_at = math.inf  # when who waits wakes by itself
         self.plan: object = None  # of which plan the next two are
@@ -200,8 +201,9 @@ class Line:
 
     @property
     def is_busy(self) -> bool:
-        """Whether somebody waits at the head: so nobody who comes now is served at once."""
-        return self._root.behind.wake is not None
+        """Whether a thread waits at the head: so nobody who comes now is served at once."""
+        head = self._root.behind
+        return head.wake is not None and head.is_over is None
 
     def count(self) -> int:
         """Return how many wait, reservations whose instant has not come included."""
@@ -213,7 +215,7 @@ class Line:
     def _is_idle(self, now: float) -> bool:
         """Say whether nobody waits, not even for the end of a pause."""
         root = self._root
-        if root.behind.wake is None and root.behind is not root:
+        if root.behind is not root:
             self.pass_due(now)
         return root.behind is root and self._paused_until <= now
 
@@ -318,6 +320,14 @@ class Line:
         self.wake_first(may_know=place.taken_at is not None)
         return stood
 
+    def abandon(self, place: Place) -> None:
+        """Let go of a place whose waiter is gone: a reservation stays where it is, and takes its permits in time."""
+        place.wake = place.is_over = None
+        if place.holder is None:
+            self.leave(place)
+        else:
+            self.wake_first()
+
     def rest(self, place: Place) -> None:
         """Have the first look, when nobody waits for a reservation any more; it stays in its place."""
         self.wake_first(may_know=place.taken_at is not None)
@@ -326,7 +336,7 @@ class Line:
         """Take if it may; return `now` if it did, else when to ask again: infinity after an outcome, None woken."""
         limits, root = self.limits, self._root
         while True:
-            if root.behind.wake is None:
+            if root.behind.wake is None or root.behind.is_over is not None:
                 self.pass_due(now)
             if not place.stands:
                 return None
@@ -372,7 +382,12 @@ class Line:
     def pass_due(self, now: float) -> None:
         """Have the reservations at the head take their permits, whose instant has come and for which nobody waits."""
         limits, root = self.limits, self._root
-        while (head := root.behind) is not root and head.wake is None:
+        while (head := root.behind) is not root and (head.wake is None or head.is_over is not None):
+            if head.wake is not None:
+                if head.is_over is None or not head.is_over():
+                    return
+                self.abandon(head)
+                continue
             due_at = self.plan(head, now)
             states, plan, after = self._planned_on, head.plan, head.after
             if states is None or due_at is None or due_at > now + limits.early:
@@ -404,17 +419,21 @@ class Line:
         with self.limits.lock:
             was_taken = place.holder is not None and place.taken_at is not None
             if was_taken:
-                place.holder = place.taken_at = None
-        if not was_taken or not self.limits.take_back(place):
+                place.taken_at = None
+        if not was_taken:
             return False
+        was_remembered = self.limits.take_back(place)
+        place.holder = None  # only now: what nobody holds is forgotten
         self._tell()
-        return True
+        return was_remembered
 
     def grant(self, place: Place) -> bool:
         """Have what a reservation took used for good, unless it was cancelled in the same moment."""
         with self.limits.lock:
-            place.holder = None
-            return place.taken_at is not None
+            is_ours = place.taken_at is not None
+            if is_ours:
+                place.holder = None
+        return is_ours
 
     # ---- what changes the line ---------------------------------------------------------------------------------------
 
@@ -585,16 +604,15 @@ def open_line(limits: Sequence[object], now_fn: Callable[[], float] | None, init
     optional(require_callable, "now_fn", now_fn)
     optional(require_at_least, "initial", initial, 0.0)
     clock = time.monotonic if now_fn is None else now_fn
-    now = require_number("what now_fn returned", clock(), "a finite number of seconds")
-    if math.isinf(now):
-        refuse("what now_fn returned", now, "a finite number of seconds")
-    return Line(LimitSet(declared, now, Lock(), initial), clock)
+    return Line(LimitSet(declared, require_instant(clock()), Lock(), initial), clock)
 
 
 def check_declared(limits: Sequence[object]) -> list[RateLimit | Window]:
     """Refuse what is not one or more declared limits."""
-    checked = check_limits("limits", limits)
-    declared = [limit for limit in checked if isinstance(limit, (RateLimit, Window))]
-    if not declared or len(declared) < len(checked):
+    declared = [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
+    for limit in limits:
+        if not isinstance(limit, (RateLimit, Window, LiveLimit)):
+            refuse_type("an item of limits", limit, "a RateLimit or Window")
+    if len(declared) < max(1, len(limits)):
         refuse("limits", limits, "one or more RateLimit and Window")
     return declared

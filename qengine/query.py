@@ -81,8 +81,9 @@ class Source:
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         concurrency: Calls at once.
         budget: Calls in one run; None for no bound.
-        quota: A live `Quota`; None for none.  All who have the same one share it.  Each attempt reserves what its
-            query's amount is of the quota's unit, and when it ends commits that, or what it has recorded of the unit.
+        quota: A live `Quota`; None for none.  All who have the same one share it; what others hold counts as used.
+            Each attempt reserves what its query's amount is of the quota's unit (of "cost", what a call costs), and
+            when it ends commits that, or what it has recorded of the unit.
             A query that finds too little left is SKIPPED as `budget_exhausted`, a retry keeps the failure it had.  The
             quota goes by its own clock, also in a run on a VirtualClock: `now_fn=clock.wall_time` has its days pass.
         breaker: When it is left alone after failures; None for never.

@@ -27,8 +27,8 @@ from .errors import (
     refuse_type,
     require_at_least,
     require_callable,
+    require_instant,
     require_kind,
-    require_number,
     require_positive,
     require_share,
 )
@@ -36,6 +36,8 @@ from .forks import restart_after_fork
 
 if TYPE_CHECKING:  # loaded with the first quota: a program without one is not to pay for it
     from datetime import date, datetime, timedelta, tzinfo
+
+_INSTANT = "seconds since the epoch, as a float"
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class Account:
         ledger = self._ledger
         now = self.now_fn()
         if not now < ledger.period.ends_at:
-            ends_at = self._end_of(_checked(now))
+            ends_at = self._end_of(require_instant(now, _INSTANT))
             with self._lock:
                 ledger.begin(now, ends_at)
         return ledger
@@ -278,7 +280,7 @@ class Quota(Single):
         refuse_async("on_alert", on_alert, "a plain function: it is called where nothing is awaited")
         optional(require_callable, "now_fn", now_fn)
         clock = time.time if now_fn is None else now_fn
-        _checked(clock())
+        require_instant(clock(), _INSTANT)
         self._tz = UTC if tz is None else tz
         self._per, end_of = _calendar(per, self._tz, starts)
         self._on_alert = on_alert
@@ -289,7 +291,10 @@ class Quota(Single):
             end_of,
             None if on_alert is None else self._alert,
         )
-        self._account.current()  # a zone that is none is refused here
+        try:
+            self._account.current()
+        except (OverflowError, NotImplementedError):
+            refuse("per and tz", (per, tz), "a period that ends before the year 10000, in a zone that knows its offset")
 
     def reserve(self, amount: float = 1) -> QuotaReservation:
         """Reserve `amount`, all of it.
@@ -432,14 +437,6 @@ def _end_of_month(now: float, tz: tzinfo) -> float:
     while (ends_at := _midnight(day, tz)) <= now:
         day = day.replace(year=day.year + day.month // 12, month=day.month % 12 + 1)
     return ends_at
-
-
-def _checked(now: float) -> float:
-    """Refuse what is not seconds since the epoch: a datetime, or an instant that is none."""
-    allowed = "seconds since the epoch, as a float"
-    if math.isinf(require_number("what now_fn returned", now, allowed)):
-        refuse("what now_fn returned", now, allowed)
-    return now
 
 
 def _local(instant: float, tz: tzinfo) -> datetime:

@@ -1,6 +1,6 @@
 """The limiter for each key: as one RateLimiter for each key that is there from the start, in less memory.
 
-The full million keys, in memory as Python and as the system counts it, and long schedules:
+The full million keys, in memory as Python and as the system counts it, take 1.5 minutes; long schedules another:
 
     QENGINE_STRESS=1000000 python -m pytest tests/test_keyed.py -k memory
     QENGINE_STRESS=10000 python -m pytest tests/test_keyed.py -k schedules
@@ -585,7 +585,7 @@ def test_what_a_signal_handler_raises_leaves_nothing_half_taken(
 @pytest.mark.stress
 @pytest.mark.not_under_coverage("it counts what coverage keeps as well")
 def test_memory_of_a_key_and_that_it_is_given_back(stress_count: Callable[[int], int]) -> None:
-    count = stress_count(20_000)
+    count = stress_count(6_000)
     limiter, clock = made()
     keys = [f"key {number}" for number in range(count)]
     tracemalloc.start()
@@ -643,7 +643,7 @@ print(once / COUNT, twice / COUNT, (resident() - begin) / COUNT)
 @pytest.mark.stress
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system does not tell what is resident")
 def test_memory_as_the_system_counts_it(stress_count: Callable[[int], int]) -> None:
-    count = stress_count(100_000)
+    count = stress_count(50_000)
     ran = subprocess.run(
         [sys.executable, "-c", RSS.replace("COUNT", str(count))], capture_output=True, text=True, check=True, timeout=90
     )
@@ -658,7 +658,8 @@ def test_memory_as_the_system_counts_it(stress_count: Callable[[int], int]) -> N
 @pytest.mark.parametrize("kind", [KeyedRateLimiter, AsyncKeyedRateLimiter])
 def test_bad_arguments_are_refused_by_name_and_nothing_is_remembered(kind: type[Any]) -> None:
     for limits, error, match in (
-        ((), ValueError, "limits"), ((5,), TypeError, "limits"), ((RateLimiter(*ONE),), ValueError, "limits"),
+        ((), ValueError, "limits"), ((5,), TypeError, "limits"),
+        ((RateLimiter(*ONE),), (TypeError, ValueError), "limits"),
     ):
         with pytest.raises(error, match=match):
             kind(*limits)
