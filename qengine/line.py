@@ -149,6 +149,7 @@ class Line:
         self._planned_on: States | None = None  # the states on which the plan builds
         self._planned_to = root  # the last place that has its part of the plan
         self._planned_at = -math.inf
+        self._gone = Place(0, -math.inf)  # who left last
         self._watching: object = None
 
     def start_afresh(self) -> None:
@@ -317,8 +318,18 @@ class Line:
                         self._planned_on = None
                     elif self._planned_to is place:
                         self._planned_to = before
+            self._part_from(place)
         self.wake_first(may_know=place.taken_at is not None)
         return stood
+
+    def _part_from(self, place: Place) -> None:
+        """Have a place that has left keep no others: who keeps a reservation would keep all that ever came behind it.
+
+        Not at once: somebody may be walking past it.
+        """
+        gone, self._gone = self._gone, place
+        if gone is not place:
+            gone.before = gone.behind = self._root
 
     def abandon(self, place: Place) -> None:
         """Let go of a place whose waiter is gone: a reservation stays where it is, and takes its permits in time."""
@@ -375,7 +386,9 @@ class Line:
                     self._planned_on = after if goes_as_planned else None
                     if self._planned_to is place:
                         self._planned_to = root
-                    return now
+            if place.taken_at is not None:
+                self._part_from(place)
+                return now
 
     # ---- reservations ------------------------------------------------------------------------------------------------
 
@@ -407,6 +420,8 @@ class Line:
                     self._planned_on = after
                     if self._planned_to is head:
                         self._planned_to = root
+            if not head.stands:
+                self._part_from(head)
 
     def cancel(self, place: Place) -> bool:
         """Give back what a reservation took or would take; return whether there was anything to give back."""
@@ -472,11 +487,12 @@ class Line:
         self.limits.declare(limits, now)
         place = self._root.behind
         while place is not self._root:
+            behind = place.behind
             if not self.limits.fits(place.amount):
                 place.is_refused = True
                 self.leave(place)
             _wake(place)
-            place = place.behind
+            place = behind
         self.limits.tell()
 
     def _tell(self) -> None:
@@ -575,7 +591,7 @@ class Line:
                 each.after = after
                 each.plan = plan
             if each is root:
-                if start is root:  # it has left
+                if not place.stands:  # it has left
                     return math.inf
                 begin_anew = True
                 continue

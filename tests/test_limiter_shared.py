@@ -235,3 +235,20 @@ def test_threads_and_tasks_share_a_line_and_its_rate_by_turns(
     assert breach(recorder.admissions, limits) is None
     assert sum(shares) > 0.6 * 1000 * seconds
     assert max(shares) - min(shares) <= 3 + 0.1 * max(shares), "first come, first served"
+
+
+def test_an_engine_goes_before_nobody_who_stood_in_the_line_when_it_asked() -> None:
+    limiter = RateLimiter(RateLimit(per_second=200, burst=5), initial=0)
+    waited: list[float] = []
+
+    def wait(number: int) -> None:
+        if number == 0:
+            TaskScheduler(abs, ExecutionPolicy(concurrency=8, limits=[limiter])).run(range(200))
+            return
+        sleep(0.1)
+        begun = monotonic()
+        assert limiter.acquire(5)
+        waited.append(monotonic() - begun)
+
+    in_threads(2, wait)
+    assert waited[0] < 0.5, "the engine alone takes a second"

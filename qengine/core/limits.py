@@ -370,7 +370,11 @@ class LimitSet:
     def tell(self) -> None:
         """Wake those who watch: something may be had earlier than they were told."""
         for _ in range(len(self._watchers)):
-            self._watchers.popleft()()
+            try:
+                wake = self._watchers.popleft()
+            except IndexError:  # another thread is at it, too
+                return
+            wake()
 
     def undo(self, amount: Amount) -> None:
         """Give back what a call took that was never made."""
