@@ -182,6 +182,7 @@ def test_a_thread_that_was_held_up_since_it_read_the_clock_mints_nothing(limits:
 
 
 @pytest.mark.stress
+@pytest.mark.not_under_coverage("a line is served by turns where those in it keep up with the rate")
 @pytest.mark.parametrize("threads", [4, 100])
 def test_threads_that_wait_get_equal_shares_of_the_whole_rate(
     threads: int, stress_count: Callable[[int], int]
