@@ -111,6 +111,12 @@ class Leftovers:
         return words
 
 
+def pytest_collection_finish() -> None:
+    """Have no later garbage collection go through all that the tests themselves are made of."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a thread, a task, a file descriptor, a timer or a signal handler behind."""
