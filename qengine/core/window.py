@@ -129,8 +129,10 @@ class RollingWindow:
             return state
         first = 0
         while first < len(chunks) and chunks[first][gone][0] <= now:
-            forgotten = chunks[first][gone][0]
-            total -= chunks[first][gone][1]
+            ends_at, amount = chunks[first][gone]
+            if ends_at > forgotten:  # after a step of the clock it may be less
+                forgotten = ends_at
+            total -= amount
             gone += 1
             if gone == len(chunks[first]):
                 first, gone = first + 1, 0

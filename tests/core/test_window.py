@@ -124,3 +124,10 @@ def test_no_period_ever_sees_more_than_the_limit() -> None:
                 taken.append((now, amount))
             else:
                 assert window.ask(slots, amount, ready_at)[0] == ready_at
+
+
+def test_what_is_forgotten_stays_so_when_the_clock_steps_back() -> None:
+    slots = filled(100.0)
+    slots = THREE.charge(slots, 0, 115.0)       # and so the slot that ran out at 110 is forgotten
+    slots = THREE.charge(slots, 3, 50.0)
+    assert THREE.ask(slots, 1, 61.0)[0] == 110.0, "at 61 the one of 100 would count"
