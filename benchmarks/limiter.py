@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -54,7 +54,7 @@ from pathlib import Path
 from time import monotonic, perf_counter, process_time
 from typing import Any
 
-from _harness import machine, minima, table
+from _harness import Verdict, at_least, at_most, bounds_table, machine, minima, missing, reached, table
 
 from qengine import AsyncRateLimiter, KeyedRateLimiter, RateLimit, RateLimiter
 
@@ -344,11 +344,6 @@ def block(each: Blocker, rate: int, threads: int, waits: int) -> Served:
     return Served(reached([instant for instant, _ in instants], burst, rate), min(shares) / max(1, *shares), cpu)
 
 
-def reached(instants: Sequence[float], burst: int, rate: int) -> float:
-    """The share of the rate at which what came after the burst was granted."""
-    return max(0, len(instants) - burst) / (instants[-1] - instants[0]) / rate if len(instants) > 1 else 0.0
-
-
 async def nothing() -> None:
     return None
 
@@ -536,16 +531,6 @@ FULL = Size(1000, 50, 1.0, 3, 1.0, 2000, 1_000_000, 100_000)
 QUICK = Size(1000, 20, 0.2, 1, 0.2, 500, 100_000, 20_000)
 SCENES = ((100, 4, 200), (1000, 4, 3000), (1000, 100, 5000))    # a rate, the threads that block, the permits they get
 
-Verdict = tuple[str, float | None, bool]
-
-
-def at_most(what: str, is_now: float, bound: float, unit: str) -> Verdict:
-    return f"{what}: at most {bound:g} {unit}", is_now, is_now <= bound
-
-
-def at_least(what: str, is_now: float, bound: float, unit: str = "") -> Verdict:
-    return f"{what}: at least {bound:g}{unit and ' '}{unit}", is_now, is_now >= bound
-
 
 def ahead(what: str, unit: str, costs: Mapping[str, float]) -> Verdict:
     """Whether ours costs less than any peer's; the ratio is that of the nearest."""
@@ -555,10 +540,6 @@ def ahead(what: str, unit: str, costs: Mapping[str, float]) -> Verdict:
     nearest = min(peers, key=peers.__getitem__)
     ratio = peers[nearest] / costs[OURS]
     return f"{what}: {nearest} takes more {unit}", ratio, ratio > 1
-
-
-def missing(name: str, columns: int) -> list[str]:
-    return [f"{name} (not there)", *["-"] * columns]
 
 
 def show_calls(size: Size) -> list[Verdict]:
@@ -722,9 +703,7 @@ def main() -> int:
     print(f"{machine()}\n", flush=True)
     gc.freeze()
     verdicts = [*show_calls(size), *show_blocking(size), *show_asyncio(size), *show_keys(size)]
-    print(table(["bound", "is", "holds"], [
-        [text, "-" if value is None else f"{value:.3f}", "yes" if holds else "NO"] for text, value, holds in verdicts
-    ]))
+    print(bounds_table(verdicts))
     return 1 if args.check and not all(holds for _, _, holds in verdicts) else 0
 
 
