@@ -58,7 +58,7 @@ class TokenBucket:
         """Return the state after the outcome of a call that took `amount`, and turned out to have used `used`."""
         if used > amount:
             return self.charge(zero_at, used - amount, now)
-        return self.refund(zero_at, amount - used, now) if used < amount else zero_at
+        return self.refund(zero_at, amount - used, now)
 
     def undo(self, zero_at: float, amount: float) -> float:
         """Return the state as if `amount` had not been taken a moment ago."""

@@ -201,8 +201,7 @@ class Gate:
                 else:
                     opened = self.breaker.failed(attempt, now)
                 self.calm = object()  # only now: whoever sees the new mark sees what it stands for
-        while self._watchers:
-            self._watchers.pop()()
+        self._wake_watchers()
         return opened
 
     def revoke(self, amount: Amount) -> None:
@@ -216,6 +215,7 @@ class Gate:
         if self.breaker is not None:
             with self._lock:
                 self.breaker.dropped(attempt)
+            self._wake_watchers()  # one who found the probe taken waits for an outcome that is not to come
 
     def pause(self, until: float) -> None:
         """Let nothing through before that instant."""
@@ -247,6 +247,10 @@ class Gate:
         self.calm = object()
         for limits in self._windows:
             limits.watch(wake)
+
+    def _wake_watchers(self) -> None:
+        while self._watchers:
+            self._watchers.pop()()
 
     def await_relief(self, who: object, wake: Callable[[], object]) -> bool:
         """Have `wake` called, once, when the instant that `who` waits for may have come nearer.

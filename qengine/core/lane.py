@@ -258,7 +258,6 @@ class Lane:
         "handful",
         "last_answer",
         "last_given_up",
-        "limited",
         "max_abandoned",
         "name",
         "nodes",
@@ -272,9 +271,9 @@ class Lane:
         "running",
         "settles_at",
         "singled_out",
-        "smooth",
         "stats",
         "success_count",
+        "take_call",
         "taken",
         "timeout",
         "usage",
@@ -347,9 +346,8 @@ class Lane:
         self.raw: deque[tuple[int, Any]] = deque()  # bare payloads, by index; those in `fifo` go before them
         self.heap: list[tuple[Rank, Attempt]] = []  # all others: by priority, by place in the tree, and retries
         self.active = False
-        self.smooth: object = None  # the run's mark, as long as its turns are like most
-        self.calm: object = None  # the gate's mark, likewise
-        self.limited = False  # whether limits are to be asked for such a turn
+        self.calm: object = None  # the gate's mark, as long as its turns are like most
+        self.take_call: Callable[[float, float], bool] | None = None  # asks the limits for such a turn
         self.resume_at = math.inf  # the count of results delivered at which the intake goes on; infinity: it is on
         self.watching = False
         self.wake_at = math.inf
@@ -370,8 +368,7 @@ class Lane:
 
     def rest(self) -> None:
         """Take no more inputs until about half of the lookahead is free again."""
-        enough = min(self.handful + self.handful // 2, max(1, self.capacity - self.concurrency))
-        self.resume_at = self.taken - self.capacity + enough
+        self.resume_at = self.taken - self.capacity + self.handful + self.handful // 2
 
     @property
     def room(self) -> int:

@@ -28,7 +28,7 @@ Rule = TokenBucket | RollingWindow
 States = tuple[Any, ...]
 """A state for each rule, and at the end the rules: so nobody reads the one without the other."""
 
-OPEN: States = ()
+OPEN: States = ((),)
 """In place of the states, while a single bucket's is `next_at`."""
 
 _GRAIN = 64.0
@@ -98,6 +98,7 @@ class LimitSet:
     """
 
     __slots__ = (
+        "_lone",
         "_others",
         "_tokens",
         "_watchers",
@@ -135,7 +136,10 @@ class LimitSet:
         self.declared = tuple(limits)
         self.rules: tuple[Rule, ...] = tuple([make_rule(limit) for limit in self.declared])
         self.has_windows = any(isinstance(rule, RollingWindow) for rule in self.rules)
-        self.is_bucket = len(self.rules) == 1 and type(self.rules[0]) is TokenBucket
+        only = self.rules[0] if len(self.rules) == 1 else None
+        self.is_bucket = type(only) is TokenBucket
+        # With which rules a take is as short as can be, and what it needs of them.
+        self._lone = (self.rules, only.span, only.interval) if type(only) is TokenBucket else (None, 0.0, 0.0)
 
     def renew(self, now: float, lock: Lock) -> None:
         """Be as new, with a new lock."""
@@ -184,6 +188,7 @@ class LimitSet:
                     self.declared = other.declared
                     self.has_windows = other.has_windows
                     self.is_bucket = other.is_bucket
+                    self._lone = other._lone
                     return
 
     @property
@@ -212,7 +217,7 @@ class LimitSet:
 
     def open(self, states: States) -> None:
         """Have takes go by `next_at`, if the states are still those of one bucket."""
-        if len(states) != 2 or type(states[-1][0]) is not TokenBucket:
+        if len(states) != 2 or type(states[1][0]) is not TokenBucket:
             return
         zero_at, (bucket,) = states
         interval = bucket.interval
@@ -335,15 +340,15 @@ class LimitSet:
         others = self._others
         while True:
             states = self.states
-            if len(states) != 2 or type(states[1][0]) is not TokenBucket or self.history is not None:
+            rules, span, interval = self._lone
+            if states[-1] is not rules or self.history is not None:
                 return self.try_take(1, now, slack, True) <= now
-            zero_at, (rule,) = states
             inner = now - self.base
-            oldest = inner - rule.span - slack
-            taken = (zero_at if zero_at > oldest else oldest) + rule.interval
+            zero_at, oldest = states[0], inner - span - slack
+            taken = (zero_at if zero_at > oldest else oldest) + interval
             if taken > inner + self.early:
                 return self.try_take(1, now, slack, True) <= now
-            after = (taken, states[1])
+            after = (taken, rules)
             if others is not None and not others():
                 # There is no other thread, nor will there be before this is done: the lock would cost more than all.
                 self.states = after

@@ -8,6 +8,7 @@
     revoked(attempt)                    it was given up before a worker picked it up
     withdrawn(attempt, reason, now)     nobody wants its result any more
     cancel(reason, now)                 stop
+    alarm_at(at, ring, now)             call back at an instant
 
 Rules: it knows no clock, lock, thread, event loop, file or random source: time and rng are passed in.  No user code
 runs in it.  All waiting is in it: rate, window, retry, breaker, batch, timeout and deadline are instants, so a driver
@@ -43,9 +44,9 @@ CANCELLED = TaskStatus.CANCELLED
 SKIPPED = TaskStatus.SKIPPED
 
 Record = Attempt | tuple[Any, Any, int, float, float] | None
-"""What is kept of a task: the attempt, or of a bare payload that succeeded at once only the payload, the value, the
-lane's order, started_at and duration: less to keep, and nothing for the garbage collector to look through.  None: a
-bare payload that waits for its start."""
+"""What is kept of a task that has its result: the attempt, or of a bare payload that succeeded at once only the
+payload, the value, the lane's order, started_at and duration: less to keep, and nothing for the garbage collector to
+look through.  None: it has none yet."""
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
@@ -69,6 +70,7 @@ class Run:
         records: Where every task is kept, in the order taken; None to keep none.
         completed: Where finished tasks are put for a consumer, who then counts `lane.delivered`; None for none.
         emit: Called with each Event; None for none.
+        note: Called with those that are rare, all but "start", "answer" and "result", where there is no `emit`.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Run:
         records: list[Record] | None = None,
         completed: deque[Attempt] | None = None,
         emit: Callable[[Event], object] | None = None,
+        note: Callable[[Event], object] | None = None,
     ) -> None:
         self.lanes: list[Lane] = []
         self.records = records
@@ -109,11 +112,12 @@ class Run:
         self._cap = INF if width is None else width
         self._rng = rng
         self._emit = emit
+        self._note = emit or note
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._index = 0
         self._keys: set[Any] = set()
-        self._smooth = object()  # a lane that has noted this has nothing but turns like most: see `turn`
+        self._smooth: list[Lane] = []  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
         self._held = False
@@ -143,20 +147,21 @@ class Run:
         while active and (places == INF or len(self._running) < places):
             lane = active[0]
             step = self._admit(lane, now)
-            if step is None or lane.running >= lane.concurrency:
+            if step is None or lane.running >= lane.concurrency or not self._may_go_on(lane):
                 active.popleft()
                 lane.active = False
             elif len(active) > 1:
                 active.rotate(-1)  # the lanes take turns
             if step is not None:
                 return step
-        if self.special and (step := self._next_special(now)) is not None:
-            return step  # a skip may have stopped the run, and a slow feed is pulled after all that can start
+        if self.special and (self._feed is None or not self._feed.pulling or self.stop_reason is not None):
+            # A skip may have stopped the run or made room, and a slow feed is pulled after all that can start.
+            step = self._next_special(now)
+            if step is not None:
+                return step
         if self._running and self.due_at == INF:
             return ON_EVENT
-        step = self._idle()
-        # What was decided here may be due at once.
-        return self.next(now) if isinstance(step, Wait) and self.due_at <= now else step
+        return self._idle(now)
 
     def finished(self, attempt: Attempt, outcome: Any, now: float) -> bool:
         """Take the outcome of an attempt: its value, or a Raised.  Return False if it had been given up before."""
@@ -173,7 +178,8 @@ class Run:
         lane.last_answer = now
         if lane.first_answer is None:
             lane.first_answer = now
-        self._activate(lane)
+        if self._may_go_on(lane):
+            self._activate(lane)
         if self._emit is not None:
             self._tell("answer", now, attempt, _outcome_word(outcome))
         used = None
@@ -197,11 +203,10 @@ class Run:
         """
         lane = attempt.lane
         if (
-            lane.smooth is not self._smooth
-            or lane.calm is not lane.gate.calm
+            lane.calm is not lane.gate.calm
+            or now >= self.due_at
             or not attempt.is_plain
             or type(outcome) is Raised
-            or now >= self.due_at
         ):
             self.finished(attempt, outcome, now)
             step = self.next(now)
@@ -216,55 +221,55 @@ class Run:
             records[attempt.index] = (attempt.payload, outcome, lane.order, started_at, duration)
         lane.success_count += 1
         lane.delivered = delivered = lane.delivered + 1
-        raw, budget = lane.raw, lane.budget
-        if delivered >= lane.resume_at:
-            self._resume(lane)
-        elif (
-            raw
+        budget, take_call = lane.budget, lane.take_call
+        if (
+            (delivered < lane.resume_at or self._refills(lane, now))
+            and lane.raw
             and not lane.fifo
             and (budget is None or budget >= 1)
-            and (not lane.limited or lane.gate.take_call(now, CATCH_UP))
+            and (take_call is None or take_call(now, CATCH_UP))
         ):
             # The same object serves again: all that their tasks have in common is kept.
             lane.calls += 1
             if budget is not None:
                 lane.budget = budget - 1
-            attempt.index, attempt.payload = index, _ = raw.popleft()
-            if records is not None:
-                records[index] = attempt
+            attempt.index, attempt.payload = lane.raw.popleft()
             attempt.view = None
             attempt.started_at = now
             return attempt
         self._running.remove(attempt)
         lane.running -= 1
         attempt.worker = attempt.view = None
-        self._activate(lane)
-        step = self.next(now)
-        self._smoothen(lane, now)
-        return step
+        if self._may_go_on(lane):
+            self._activate(lane)
+        return self.next(now)
 
     def _smoothen(self, lane: Lane, now: float) -> None:
         """Note if the turns of a lane are what most turns are, until something says otherwise (`_ruffle`)."""
-        calm = lane.gate.calm  # first: another thread may change the gate while it is being looked at
+        gate = lane.gate
+        calm = gate.calm  # first: another thread may change the gate while it is being looked at
         if (
             not self._watched
             and not lane.accounts
             and not lane.heap
             and not lane.abandoned
             and lane.first_answer is not None
-            and not self.special
+            and not (self.special and (self._steps or self._feed is None or self._feed.slow))
             and self._cap == INF  # else other lanes may be waiting for the place
-            and lane.gate.is_calm(now)
+            and gate.is_calm(now)
             and self._scan_at <= now + lane.timeout
             and self.stop_reason is None
         ):
-            lane.smooth = self._smooth
+            if lane.calm is None:
+                self._smooth.append(lane)
             lane.calm = calm
-            lane.limited = lane.gate.active
+            lane.take_call = gate.take_call if gate.active else None
 
     def _ruffle(self) -> None:
         """Note that no lane's turns may be what most turns are."""
-        self._smooth = object()
+        for lane in self._smooth:
+            lane.calm = None
+        self._smooth.clear()
 
     def offered(
         self,
@@ -280,6 +285,8 @@ class Run:
         feed.pulling = False
         self._pulls.remove(feed)
         feed.slow = now - feed.pulled_at > SLOW_PULL
+        if feed.slow:
+            self._ruffle()  # it is pulled beside what runs, item by item
         feed.ended = ended
         if self._tree is not None:
             self._tree.returned(feed, ended)
@@ -340,6 +347,10 @@ class Run:
         elif in_flight == "abandon":
             self._abandon_all(now)
 
+    def alarm_at(self, at: float, ring: Callable[[float], object], now: float) -> None:
+        """Have `ring(now)`, which is no user code, called at an instant, unless the run is over by then."""
+        self._set_timer(at, Timer.ALARM, ring)
+
     # ---- intake ------------------------------------------------------------------------------------------------------
 
     def _join(self, lane: Lane) -> None:
@@ -353,15 +364,15 @@ class Run:
         if self._steps:
             return self._steps.popleft()
         if self.stop_reason is not None:
-            return self._idle()
+            return self._idle(now)
         self._held = False
         feed = self._feed
         if feed is None or feed.ended or (feed.blocked and not feed.pulling):
             self.special = False
             return None
         if feed.pulling:
-            if self._collect(feed, now):  # a bad item was the last straw
-                return self._idle()
+            if feed.arrived and self._collect(feed, now):  # a bad item was the last straw
+                return self._idle(now)
             # A quick feed fills the queues first: whoever pulls will be back at once, and nobody need be woken.
             if not feed.slow and now < feed.hold_until:
                 self._held = True
@@ -387,24 +398,31 @@ class Run:
         self._pulls.add(feed)
         return feed
 
+    def _refills(self, lane: Lane, now: float) -> bool:
+        """Go on with the intake; return whether that was all, as it is where the inputs are plain data."""
+        self._resume(lane)
+        if self._data is None:
+            return False
+        self._refill(lane, now)
+        return self.stop_reason is None
+
     def _refill(self, lane: Lane, now: float) -> None:
         """Take inputs that are plain data, up to the lane's capacity."""
         data = self._data
         assert data is not None
-        room = lane.room
-        items = [item for _, item in zip(range(room), data, strict=False)]
+        room, index = lane.room, self._index
+        items = list(zip(range(index, index + room), data, strict=False))
         if len(items) < room:
             self._data = None
-        if any(issubclass(kind, Task) for kind in set(map(type, items))):
-            for item in items:
+        if any(issubclass(kind, Task) for kind in {type(item) for _, item in items}):
+            for _, item in items:
                 task = item if isinstance(item, Task) else None
                 self._take(Attempt(item if task is None else task.payload, task, lane), None, now)
         else:
-            lane.raw.extend(enumerate(items, self._index))
+            lane.raw.extend(items)
             self._index += len(items)
             lane.taken += len(items)
-            if self.records is not None:
-                self.records.extend([None] * len(items))
+            self._leave_room(len(items))
         lane.rest()
         if lane.delivered >= lane.resume_at:
             lane.resume_at = INF
@@ -413,14 +431,17 @@ class Run:
 
     def _draw(self, lane: Lane, count: int) -> None:
         """Queue some of the bare payloads of a lane as the tasks that they are."""
-        raw, records = lane.raw, self.records
+        raw = lane.raw
         for _ in range(count):
             index, payload = raw.popleft()
             attempt = Attempt(payload, None, lane)
             attempt.index = index
             lane.fifo.append(attempt)
-            if records is not None:
-                records[index] = attempt
+
+    def _leave_room(self, count: int) -> None:
+        """Leave room for what is to be kept of so many tasks more."""
+        if self.records is not None:
+            self.records.extend([None] * count)
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
         lane = attempt.lane
@@ -429,8 +450,7 @@ class Run:
         attempt.index = self._index
         self._index += 1
         lane.taken += 1
-        if self.records is not None:
-            self.records.append(attempt)
+        self._leave_room(1)
         if feed is not None and lane.taken - lane.delivered > lane.full_at:
             self._rest(lane, feed)
         if attempt.task is not None and self._refused(attempt, feed, now):
@@ -440,7 +460,7 @@ class Run:
             lane.fifo.append(attempt)
         else:
             heappush(lane.heap, (attempt.rank, attempt))
-            self._ruffle()
+        self._ruffle()
         if not lane.active:
             lane.active = True
             self.active.append(lane)
@@ -483,31 +503,23 @@ class Run:
         """Go on with the intake: the lane has room again."""
         lane.resume_at = INF
         self._activate(lane)
-        if self._feed is not None:
+        feed = self._feed
+        if feed is not None:
             self.special = True
-            self._ruffle()
-            self._feed.blocked -= 1
-            self._feed.hold_until = -INF
+            if feed.slow:
+                self._ruffle()
+            feed.blocked -= 1
+            feed.hold_until = -INF
 
     def _collect(self, feed: Feed, now: float) -> bool:
         """Take what a feed has brought so far; return whether the run has stopped."""
-        arrived, records = feed.arrived, self.records
+        arrived = feed.arrived
         while arrived:
+            if type(arrived[0]) is tuple:
+                self._collect_bare(feed)
+                continue
             item = arrived.popleft()
-            if type(item) is tuple:  # a bare payload: a task is made of it when it starts
-                lane, payload = item
-                if not lane.active:
-                    if lane.order < 0:
-                        self._join(lane)
-                    self._activate(lane)
-                lane.raw.append((self._index, payload))
-                self._index += 1
-                lane.taken += 1
-                if records is not None:
-                    records.append(None)
-                if lane.taken - lane.delivered > lane.full_at:
-                    self._rest(lane, feed)
-            elif feed.kind is not FeedKind.NODES:
+            if feed.kind is not FeedKind.NODES:
                 self._take(item, feed, now)
             elif isinstance(item, NodeKey):
                 assert self._tree is not None
@@ -520,6 +532,24 @@ class Run:
         if self.stop_reason is not None:
             self._cancel_waiting(now)
         return self.stop_reason is not None
+
+    def _collect_bare(self, feed: Feed) -> None:
+        """Take the bare payloads at the head of what a feed has brought: a task is made of each when it starts."""
+        arrived = feed.arrived
+        index = first = self._index
+        while arrived and type(arrived[0]) is tuple:
+            lane, payload = arrived.popleft()
+            if not lane.active and lane.running < lane.concurrency:
+                if lane.order < 0:
+                    self._join(lane)
+                self._activate(lane)
+            lane.raw.append((index, payload))
+            index += 1
+            lane.taken += 1
+            if lane.taken - lane.delivered > lane.full_at and lane.resume_at == INF:
+                self._rest(lane, feed)
+        self._index = index
+        self._leave_room(index - first)
 
     def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
         """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
@@ -543,6 +573,10 @@ class Run:
             return self._pull(feed, now)
         if lane.running >= lane.concurrency:
             return None
+        if lane.raw and not lane.fifo and lane.calm is lane.gate.calm and self._takes_one(lane, now):
+            attempt = Attempt(lane.raw[0][1], None, lane)
+            attempt.index, _ = lane.raw.popleft()
+            return self._begin(attempt, lane.timeout, now)
         while True:
             if self._data is not None and lane.resume_at == INF:
                 self._refill(lane, now)
@@ -577,20 +611,34 @@ class Run:
                 self._pop(lane, attempt)
             else:
                 lane.fifo.popleft()
-            attempt.number += 1
-            attempt.started_at = now
-            attempt.timeout = timeout
-            if now + timeout < self._scan_at:
-                self._scan_at = now + timeout
-                self.due_at = min(self.due_at, self._scan_at)
-            if self.first_start is None:
-                self.first_start = now
-            self._running.add(attempt)
-            lane.running += 1
-            lane.calls += 1
-            if self._emit is not None:
-                self._tell("start", now, attempt)
-            return attempt
+            return self._begin(attempt, timeout, now)
+
+    @staticmethod
+    def _takes_one(lane: Lane, now: float) -> bool:
+        """Take from the budget and the limits of a lane whose turns are like most, if both have something."""
+        budget, take_call = lane.budget, lane.take_call
+        if budget is not None and budget < 1 or take_call is not None and not take_call(now, CATCH_UP):
+            return False
+        if budget is not None:
+            lane.budget = budget - 1
+        return True
+
+    def _begin(self, attempt: Attempt, timeout: float, now: float) -> Attempt:
+        lane = attempt.lane
+        attempt.number += 1
+        attempt.started_at = now
+        attempt.timeout = timeout
+        if now + timeout < self._scan_at:
+            self._scan_at = now + timeout
+            self.due_at = min(self.due_at, self._scan_at)
+        if self.first_start is None:
+            self.first_start = now
+        self._running.add(attempt)
+        lane.running += 1
+        lane.calls += 1
+        if self._emit is not None:
+            self._tell("start", now, attempt)
+        return attempt
 
     def _ask_gates(self, lane: Lane, attempt: Attempt, now: float) -> float:
         """Return `now` or before if all say yes, or if the task was skipped; else when to ask again."""
@@ -751,7 +799,7 @@ class Run:
             self._fail(attempt, error, now)
             return
         lane.gate.pause(now + delay)  # whatever becomes of this task
-        if now + delay > trail.give_up_at:
+        if now + delay >= trail.give_up_at:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
             attempt.number -= 1
@@ -822,6 +870,8 @@ class Run:
     def _end(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
         """Give a task its result."""
         attempt.status = status
+        if self.records is not None:
+            self.records[attempt.index] = attempt
         lane = attempt.lane
         stats = lane.stats
         if status is SUCCEEDED:
@@ -872,6 +922,10 @@ class Run:
         if at < self.due_at:
             self.due_at = at
 
+    def _may_go_on(self, lane: Lane) -> bool:
+        """Say whether a lane may have more to start, or to pull, as far as can be told at a glance."""
+        return bool(lane.raw or lane.fifo or lane.heap) or self._data is not None or self._tree is not None
+
     def _activate(self, lane: Lane) -> None:
         if not lane.active:
             lane.active = True
@@ -896,6 +950,8 @@ class Run:
                 self._give_up(what, now)
             elif timer is Timer.HANGS:
                 self._shut_if_hung(what, now)
+            elif timer is Timer.ALARM:
+                what(now)
             else:
                 self._drop_pulls(now)
         self.due_at = min(self._scan_at, timers.next_at)
@@ -958,8 +1014,6 @@ class Run:
     def _replaced(self, attempt: Attempt) -> Attempt:
         other = attempt.successor()
         other.started_at, other.duration = attempt.started_at, attempt.duration
-        if self.records is not None:
-            self.records[attempt.index] = other
         return other
 
     # ---- stopping ----------------------------------------------------------------------------------------------------
@@ -1033,7 +1087,7 @@ class Run:
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
-    def _idle(self) -> Step:
+    def _idle(self, now: float) -> Step:
         if not self._running and not self._pulls and self._is_done():
             self._over = True
             for lane in self.lanes:
@@ -1041,6 +1095,8 @@ class Run:
             return DONE
         if self.due_at == INF:
             return ON_EVENT
+        if self.due_at <= now:  # what was decided just now is due at once
+            return self.next(now)
         if self._wait.until != self.due_at:
             self._wait = Wait(self.due_at)
         return self._wait
@@ -1067,11 +1123,11 @@ class Run:
         return sum(lane.abandoned for lane in self.lanes)
 
     def _tell(self, kind: str, now: float, attempt: Attempt | None, detail: str = "") -> None:
-        if self._emit is not None:
+        if self._note is not None:
             if attempt is None:
-                self._emit(Event(kind, now, detail=detail))
+                self._note(Event(kind, now, detail=detail))
             else:
-                self._emit(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+                self._note(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
 
 
 def _by_index(attempt: Attempt) -> int:

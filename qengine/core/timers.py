@@ -18,6 +18,7 @@ class Timer(Enum):
     DRAINED = "drained"  # what still runs is given up
     PULLS = "pulls"  # what is still being pulled is given up
     HANGS = "hangs"  # a lane's calls that were given up had their time to end
+    ALARM = "alarm"  # somebody else asked for it
 
 
 class Timers:

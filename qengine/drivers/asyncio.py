@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from ..core.lane import Attempt, Feed
 from ..core.run import Run
-from ..core.steps import Cancel, Raised
+from ..core.steps import Cancel, Raised, Wait
 from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
 from .clock import CanCancel, Clock, DriverThread
 from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
@@ -212,7 +212,7 @@ class TaskCrew(Crew):
         worker.mailbox.put(work)  # only now: a task that is started eagerly would run it within the pump
 
     def _ended(self, worker: TaskWorker, task: asyncio.Task[None]) -> None:
-        if worker.place is CALLED:  # it was cancelled before its first step
+        if task.cancelled() and worker.place is not GONE:  # before its first step
             self._lose(worker, None, asyncio.CancelledError())
         elif not task.cancelled() and (error := task.exception()) is not None:  # a fault of ours
             self._pump(None, _fault, (error,))
@@ -222,7 +222,7 @@ class TaskCrew(Crew):
 
     async def _work(self, worker: TaskWorker, context: Context) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
-        run, turn, inbox = self.run, self.run.turn, self._inbox
+        run, turn, inbox, ready = self.run, self.run.turn, self._inbox, self._ready
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         set_current_worker(worker, self.clock)
@@ -232,72 +232,80 @@ class TaskCrew(Crew):
         cancelling = task.cancelling
         work: Work | None = None
         try:
-            work = await mailbox.get()
-            while work is not None:
-                if unclaimed.pop(work, None) is None:  # revoked in the same instant
-                    work = None
-                    work = await mailbox.get()
-                    continue
-                worker.place = BUSY
-                if type(work) is Attempt:
-                    work.started_at = now_fn()  # not when it was handed over
-                    work.is_begun = True
+            while await mailbox.get() is not None:
+                work = unclaimed.pop(worker, None)  # None: it was revoked, or another has taken it over
+                if work is not None:
+                    self._begin(worker, work)
                 while work is not None:
                     done: Any = work
+                    step: Any = None
                     if type(work) is Attempt:
                         worker.work = work
-                        try:
-                            outcome = await work.lane.call(work.payload)
-                            if type(outcome) not in PLAIN_VALUES:
-                                check_value(outcome)
-                        except BaseException as error:
-                            if type(error) is GeneratorExit and not self._loop.is_running():
-                                raise  # the loop is gone, and this task with it
-                            outcome = raised(work, error)
-                        goes_on = alone and not inbox
+                        call = work.lane.call
+                        while True:
+                            try:
+                                outcome = await call(work.payload)
+                                if type(outcome) not in PLAIN_VALUES:
+                                    check_value(outcome)
+                            except BaseException as error:
+                                if type(error) is GeneratorExit and not self._loop.is_running():
+                                    raise  # the loop is gone, and this task with it
+                                outcome = raised(work, error)
+                            if cancelling() or len(context) != count or (count > 1 and _differs(context, base)):
+                                self._retire(worker, work, outcome)
+                                return
+                            now = now_fn()
+                            if not alone or inbox:
+                                break
+                            # What the pump would do, in short: where nothing else is to be done, this is all.
+                            step = turn(work, outcome, now)
+                            if step is not work or not work.is_plain or now >= self._yield_at:
+                                break
                     else:
                         assert isinstance(work, Feed)
                         done, outcome = run.offered, (work, *await pull(work, now_fn))
-                        goes_on = False
+                        if cancelling() or len(context) != count or (count > 1 and _differs(context, base)):
+                            self._retire(worker, done, outcome)
+                            return
+                        now = now_fn()
                     work = None
-                    if cancelling() or len(context) != count or (count > 1 and _differs(context, base)):
-                        self._retire(worker, done, outcome)
-                        return
-                    now = now_fn()
-                    if goes_on:
-                        # What the pump would do, in short: where nothing else is to be done, this is all.
-                        step: Any = turn(done, outcome, now)
-                        if step is done and step.is_plain:
-                            work = step
-                        elif type(step) is Attempt or type(step) is Feed:
-                            step.worker = worker
-                            work = step
-                            # While a plain iterator is pulled nothing else can go on: others are told after that.
-                            if (run.active or run.special or run.due_at < self._sleep_until) and not (
-                                type(step) is Feed and hasattr(type(step.iterator), "__next__")
-                            ):
-                                pump(None, look_again, ())
-                        else:
-                            if type(step) is Cancel:
-                                self._give_up(step, now)
-                            work = pump(worker, look_again, ())
-                    else:
+                    if step is None:
                         work = pump(worker, done, outcome)
-                    done = outcome = None  # an idle worker keeps no result alive
+                    elif step is done and step.is_plain:
+                        work = step
+                    elif type(step) is Attempt or type(step) is Feed:
+                        step.worker = worker
+                        work = step
+                        # While a plain iterator is pulled nothing else can go on: others are told after that.
+                        if (run.active or run.special or run.due_at < self._sleep_until) and not (
+                            type(step) is Feed and hasattr(type(step.iterator), "__next__")
+                        ):
+                            pump(None, look_again, ())
+                    else:
+                        if type(step) is Cancel:
+                            self._give_up(step, now)
+                        if ready and type(step) is Wait and run.due_at >= self._sleep_until:
+                            work = self._take_over(worker, now)
+                        else:
+                            work = pump(worker, look_again, ())
+                    done = outcome = step = None  # an idle worker keeps no result alive
                     if now >= self._yield_at:
                         if work is not None:  # until it goes on, the work may still be taken back
                             self._call(work, worker)
                         await self._yield()
-                        if work is not None:
-                            if unclaimed.pop(work, None) is None:
-                                break
-                            worker.place = BUSY
-                            if type(work) is Attempt:
-                                work.started_at = now_fn()
-                                work.is_begun = True
-                work = await mailbox.get()
+                        if work is not None and (work := unclaimed.pop(worker, None)) is not None:
+                            self._begin(worker, work)
         except asyncio.CancelledError as error:  # a stranger cancels all tasks of the loop, perhaps because it ends
             self._lose(worker, work, error)
+
+    def _begin(self, worker: TaskWorker, work: Work) -> None:
+        """Note that a worker has come to what it was called for."""
+        worker.place = BUSY
+        if type(work) is Attempt:
+            work.started_at = self._now_fn()  # not when it was handed over
+            work.is_begun = True
+        if self._ready:
+            self._pump(None, look_again, ())  # there is work for more
 
     def _retire(self, worker: TaskWorker, done: Any, outcome: Any) -> None:
         """Take the outcome of a worker's last call: it was cancelled, or changed its context."""
@@ -322,12 +330,12 @@ class TaskCrew(Crew):
         """Go on without a worker that was cancelled between two calls; what it was about to do is cancelled."""
         if worker.place is IDLE:
             self._idle.remove(worker)
+            work = None  # if it had some, another has taken it over
         elif worker.place is CALLED:
-            work = next((given for given, owner in self._unclaimed.items() if owner is worker), None)
+            work = self._unclaimed.pop(worker, None)
         worker.place = GONE
         self._end_with_loop()
         if work is not None:
-            self._unclaimed.pop(work, None)
             if isinstance(work, Attempt):
                 self._pump(worker, work, Raised(error, cancelled=True))
             else:

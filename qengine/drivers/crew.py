@@ -11,27 +11,35 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from enum import Enum
+from functools import partial
 from threading import Lock
 from typing import Any
 
 from ..core.lane import Attempt, Feed
-from ..core.run import Run
-from ..core.steps import DONE, Cancel
+from ..core.run import ON_EVENT, Run
+from ..core.steps import DONE, Cancel, Step
 from .calls import tell_cancelled
 from .clock import SYSTEM_CLOCK, Clock
+
+CALLS_AT_ONCE = 2
+"""Workers that are being woken, or hired, at a time; each that comes has two more called, if there is work for them.
+
+To wake one takes longer than many a call: where calls are short, those who are awake do most of them.
+"""
 
 Work = Attempt | Feed
 Deliver = Callable[[Attempt | None], object]
 
 
 class Place(Enum):
-    """Where a worker is, as the holder of the core's lock knows it."""
+    """Where a worker is, as the holder of the core's lock knows it, who alone writes it."""
 
     BUSY = "busy"
     IDLE = "idle"  # in the list of those who have nothing to do
-    CALLED = "called"  # there is work in its mailbox
+    CALLED = "called"  # there is work for it to claim, unless it has done so
     GONE = "gone"  # given up, with a call that hangs, or at its end
 
 
@@ -39,7 +47,7 @@ BUSY, IDLE, CALLED, GONE = Place
 
 
 class Worker:
-    """Whatever runs attempts, one after the other; its mailbox, where its next work is put; None ends it."""
+    """Whatever runs attempts, one after the other; its mailbox, which says that there is work; None ends it."""
 
     __slots__ = ("mailbox", "place", "work")
 
@@ -72,6 +80,7 @@ class Crew:
         self.clock = clock
         self.over = False
         self.fault: BaseException | None = None
+        self.untold: deque[Callable[[], object]] = deque()  # what to call when the lock is released
         self._told_end = False
         # On virtual time work is begun in the order in which it is handed out, also a worker's own next.
         self._in_turn = clock is not SYSTEM_CLOCK
@@ -84,8 +93,17 @@ class Crew:
         self._sleep_until = math.inf
         self._idle: list[Any] = []
         self._hired: dict[Any, None] = {}
-        self._unclaimed: dict[Work, Worker] = {}
+        self._ready: deque[Work] = deque()  # what may be done, and nobody was called for yet
+        self._unclaimed: dict[Worker, Work] = {}  # what workers were called for and have not come to yet
+        self._calls_at_once: float = math.inf if self._in_turn else CALLS_AT_ONCE
         run.on_wake = lambda lane: self.post(run.wake, lane)
+
+    def leave_to_parent(self) -> None:
+        """End the run in a child made by a fork: not one call of it is made there."""
+        if not self.over:
+            self._lock.acquire(False)  # for good: nobody speaks to the core any more
+            self.run.completed = None  # what it had is the parent's to hand out
+            self._fail(RuntimeError("this process was forked while the run went on: it goes on in the parent alone"))
 
     def post(self, method: Callable[..., object], *args: Any) -> None:
         """Have a method of the run called with `args` and the time.  From any thread, and from a signal handler."""
@@ -120,29 +138,42 @@ class Crew:
 
         If the lock is taken, whoever has it will see to that.  Returns a step for this worker, if there is one.
         """
-        inbox, lock, run = self._inbox, self._lock, self.run
+        inbox, lock = self._inbox, self._lock
         if not lock.acquire(False):
             inbox.append((first, second, worker))
             if not lock.acquire(False):
                 return None
             first = None
+        now = self._now_fn()
+        step = None
+        try:
+            if type(first) is Attempt and not inbox:
+                step = self.run.turn(first, second, now)
+            elif first is not None:
+                self._take_in((first, second, worker), worker, now)
+        except BaseException as error:  # a fault of ours: end the run rather than let it hang
+            step = self._fail(error)
+        return self._obey(worker, step, now)
+
+    def _obey(self, worker: Any, step: Step | None, now: float) -> Work | None:
+        """Do what the core has answered, and what it answers to all that is in the inbox; then release the lock.
+
+        Returns a step for this worker, if there is one.
+        """
+        inbox, lock, run = self._inbox, self._lock, self.run
         mine: Work | None = None
         while True:
             hires: list[tuple[Any, Work]] | None = None
             try:
-                now = self._now_fn()
-                if type(first) is Attempt and not inbox:
-                    step = run.turn(first, second, now)
-                else:
-                    if first is not None:
-                        self._take_in((first, second, worker), worker, now)
+                if step is None:
+                    now = self._now_fn()
                     while inbox:
                         self._take_in(inbox.popleft(), worker, now)
                     step = run.next(now)
                 taker = worker
                 if self._in_turn:
                     taker = None
-                    if worker is not None and worker.place is BUSY:
+                    if worker is not None and worker.place is not IDLE and self._freed(worker) is not None:
                         self._rest(worker)
                 elif worker is not None and (mine is not None or worker.place is not BUSY):
                     taker = self._freed(worker) if mine is None else None
@@ -154,18 +185,24 @@ class Crew:
                             taker = None
                             if not run.active and not run.special:
                                 break
-                        elif self._idle:
-                            self._hand_over(step, self._idle.pop())
                         else:
-                            hires = hires or []
-                            hires.append((self._hire(step), step))
+                            if type(step) is Attempt:
+                                step.is_begun = False
+                            self._ready.append(step)
                     elif type(step) is Cancel:
                         self._give_up(step, now)
                     else:
                         break
                     step = run.next(now)
                 if taker is not None:
-                    self._rest(taker)
+                    mine = self._take_over(taker, now)
+                while self._ready and len(self._unclaimed) < self._calls_at_once:
+                    work = self._ready.popleft()
+                    if self._idle:
+                        self._hand_over(work, self._idle.pop())
+                    else:
+                        hires = hires or []
+                        hires.append((self._hire(work), work))
                 if step is DONE:
                     self._end()
                 elif run.due_at < self._sleep_until:
@@ -173,19 +210,27 @@ class Crew:
                     self._ring(worker)
                 if self._deliver is not None:
                     self._hand_out(self._deliver)
-            except BaseException as error:  # a fault of ours: end the run rather than let it hang
+            except BaseException as error:  # as in `_pump`
                 self._fail(error)
             finally:
                 lock.release()
             if hires:
                 for hired, work in hires:  # starting a thread waits for it: not under the lock
                     self._start(hired, work)
+            if self.untold:
+                self._tell_calls()
             if self._after_pump is not None:
                 self._after_pump()
             # Looked at again after the release: nothing that was left meanwhile stays behind.
             if not inbox or not lock.acquire(False):
                 return mine
-            first = None
+            step = None
+
+    def _tell_calls(self) -> None:
+        """Tell what is left to tell to calls: their callbacks are the user's."""
+        with suppress(IndexError):  # another thread is at it, too
+            while self.untold:
+                self.untold.popleft()()
 
     def _take_in(self, event: tuple[Any, Any, Worker | None], worker: Worker | None, now: float) -> None:
         """Say to the core what another left in the inbox; its worker then has nothing to do."""
@@ -205,12 +250,14 @@ class Crew:
             self._told_end = True
             deliver(None)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> Step:
+        """End the run for a fault of ours; return the step that goes on from there, which is none."""
         self.fault = self.fault or error
         self._idle = list(self._hired)
         self._end()
         if self._deliver is not None:
             self._hand_out(self._deliver)
+        return ON_EVENT
 
     def _end(self) -> None:
         for worker in self._idle:
@@ -218,6 +265,8 @@ class Crew:
             worker.mailbox.put(None)
         self._idle.clear()
         if not self.over:
+            if self._deliver is not None:
+                self._hand_out(self._deliver)  # before anybody learns that it is over
             self.over = True
             self._conclude()
 
@@ -230,15 +279,17 @@ class Crew:
             self._idle.append(worker)
 
     def _freed(self, worker: Worker) -> Worker | None:
-        """Return the worker that pumps if it is to take a step, though another has put it to rest before."""
+        """Return the worker that pumps if it is to take a step: it was called, or another has put it to rest before."""
         if worker.place is IDLE:
             self._idle.remove(worker)
+            worker.place = BUSY
+        elif worker.place is CALLED and worker not in self._unclaimed:
             worker.place = BUSY
         return worker if worker.place is BUSY else None
 
     def _hand_over(self, work: Work, worker: Worker) -> None:
         self._call(work, worker)
-        worker.mailbox.put(work)
+        worker.mailbox.put(work)  # only word of it: what counts is what it finds when it comes to claim it
 
     def _call(self, work: Work, worker: Worker) -> None:
         """Note that work was given to a worker, who has not picked it up yet."""
@@ -246,21 +297,51 @@ class Crew:
         if isinstance(work, Attempt):
             work.is_begun = False
         worker.place = CALLED
-        self._unclaimed[work] = worker
+        self._unclaimed[worker] = work
+
+    def _take_over(self, worker: Worker, now: float) -> Work | None:
+        """Return what nobody was called for yet, or has come to yet who was; else put the worker to rest.
+
+        One who then comes finds nothing, and goes on waiting.
+        """
+        work: Work | None = None
+        if self._ready:
+            work = self._ready.popleft()
+        elif not self._in_turn:
+            with suppress(KeyError):  # there is none
+                owner, work = self._unclaimed.popitem()
+                self._rest(owner)
+        if work is None:
+            self._rest(worker)
+            return None
+        work.worker = worker
+        if isinstance(work, Attempt):
+            work.started_at = now
+            work.is_begun = True
+        return work
 
     def _give_up(self, step: Cancel, now: float) -> None:
         target = step.target
-        if self._unclaimed.pop(target, None) is not None:  # nobody had picked it up: it was never made
-            self._rest(target.worker)
-            if isinstance(target, Attempt):
-                self.run.revoked(target, now)
+        if target in self._ready:
+            self._ready.remove(target)
+            self._take_back(target, now)
             return
-        target.worker.place = GONE
-        target.worker.mailbox.put(None)
-        self._interrupt(target.worker)
+        worker = target.worker
+        if self._unclaimed.pop(worker, None) is not None:
+            self._rest(worker)
+            self._take_back(target, now)
+            return
+        worker.place = GONE
+        worker.mailbox.put(None)
+        self._interrupt(worker)
         target.worker = None  # whoever keeps the attempt is not to keep its worker
         if isinstance(target, Attempt):
-            tell_cancelled(target, step.reason)
+            self.untold.append(partial(tell_cancelled, target, step.reason))
+
+    def _take_back(self, work: Work, now: float) -> None:
+        """Note that nobody had picked it up: it was never made."""
+        if isinstance(work, Attempt):
+            self.run.revoked(work, now)
 
 
 def look_again(now: float) -> None:

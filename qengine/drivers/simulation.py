@@ -107,7 +107,7 @@ class SimulatedCrew(Crew):
 
     def _begin(self, worker: SimulatedWorker, work: Work) -> None:
         worker.place = BUSY
-        if self._unclaimed.pop(work, None) is not None:  # else it was revoked in the same instant
+        if self._unclaimed.pop(worker, None) is not None:  # else it was revoked in the same instant
             self._work(worker, work)
 
     def _work(self, worker: SimulatedWorker, work: Work | None) -> None:
@@ -130,18 +130,21 @@ class SimulatedCrew(Crew):
 
     def _seconds(self, attempt: Attempt) -> float:
         try:
-            return require_duration("latency(attempt)", self._latency(view_of(attempt, self.clock)))
+            return require_duration("latency(attempt)", self._latency(self._view(attempt)))
         except BaseException as error:  # not the attempt is wrong, the prediction is
             self._fail(error)
             return math.inf
 
     def _come_to(self, attempt: Attempt) -> Any:
         try:
-            value = self._outcome(view_of(attempt, self.clock))
+            value = self._outcome(self._view(attempt))
             check_value(value)
             return value
         except BaseException as error:
             return raised(attempt, error)
+
+    def _view(self, attempt: Attempt) -> CurrentAttempt:
+        return self._context.run(view_of, attempt, self.clock)
 
     def _interrupt(self, worker: SimulatedWorker) -> None:
         if worker.answer is not None:

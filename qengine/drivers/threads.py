@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..core.run import Run
 from ..core.steps import Raised
 from .calls import PLAIN_VALUES, check_value, pull_now, raised, set_current_worker
 from .clock import Clock, DriverThread
-from .crew import BUSY, GONE, Crew, Deliver, Work, Worker, look_again
+from .crew import GONE, Crew, Deliver, Work, Worker, look_again
 
 
 class ThreadWorker(Worker):
@@ -62,21 +63,20 @@ class ThreadCrew(Crew):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the run is over, at most `timeout` seconds; return whether it is."""
-        try:
-            self._finished.get(timeout=timeout)
-        except Empty:
-            return False
-        self._finished.put(None)  # for whoever waits next
-        return True
+        if not self.over:  # else somebody may have taken the word of it, and been interrupted before he passed it on
+            with suppress(Empty):
+                self._finished.get(timeout=timeout)
+                self._finished.put(None)  # for whoever waits next
+        return self.over
 
     def join(self) -> None:
         """Wait for the threads to end, except for those that hang."""
         self._timekeeper.join()
         for worker in list(self._hired):
             thread = worker.thread
-            # One that is only just being started, for work that was cancelled, finds nothing to do and ends.
-            if worker.place is not GONE and thread is not None and thread.ident is not None:
-                thread.join()
+            if worker.place is not GONE and thread is not None:
+                with suppress(RuntimeError):  # it is this thread, or only just being started: it ends by itself
+                    thread.join()
 
     # ---- the threads -------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class ThreadCrew(Crew):
             worker.thread.start()
         except RuntimeError as error:  # the system gives no more threads
             worker.thread = None
-            if self._unclaimed.pop(work, None) is None:
+            if self._unclaimed.pop(worker, None) is None:
                 return
             if isinstance(work, Attempt):
                 self._inbox.append((work, Raised(error), None))
@@ -101,24 +101,20 @@ class ThreadCrew(Crew):
                 self._inbox.append((self.run.offered, (work, True, error), None))
 
     def _work(self, worker: ThreadWorker) -> None:
-        mailbox, unclaimed, context, now_fn, pump = (
-            worker.mailbox,
-            self._unclaimed,
-            self._context,
-            self._now_fn,
-            self._pump,
-        )
-        base = context.copy()
+        mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
+        turn, inbox, acquire, release = self.run.turn, self._inbox, self._lock.acquire, self._lock.release
+        ready = self._ready
+        # Whether nobody is told of what happens, nor has a turn to wait for.
+        alone = self._deliver is None and self._after_pump is None and not self._in_turn
+        base = self._context.copy()
         base.run(set_current_worker, worker, self.clock)
-        work = mailbox.get()
-        while work is not None:
-            worker.place = BUSY  # before the claim: whoever finds it claimed may set GONE
-            if unclaimed.pop(work, None) is None:  # revoked in the same instant
-                work = mailbox.get()
-                continue
+        while mailbox.get() is not None:
+            work = unclaimed.pop(worker, None)  # None: it was revoked, or another has taken it over
             if type(work) is Attempt:
                 work.started_at = now_fn()  # not when it was handed over
                 work.is_begun = True
+            if ready:
+                pump(None, look_again, ())  # there is work for more
             while work is not None:
                 if type(work) is Attempt:
                     worker.work = work
@@ -129,11 +125,24 @@ class ThreadCrew(Crew):
                             check_value(outcome)
                     except BaseException as error:
                         outcome = raised(work, error)
-                    work = pump(worker, work, outcome)
+                    if alone and not inbox and acquire(False):
+                        # What the pump would do, in short: where nothing else is to be done, this is all.
+                        now = now_fn()
+                        try:
+                            step = turn(work, outcome, now)
+                        except BaseException as error:
+                            step = self._fail(error)
+                        if step is work and step.is_plain:
+                            release()
+                            if inbox:
+                                pump(None, look_again, ())
+                        else:
+                            work = self._obey(worker, step, now)
+                    else:
+                        work = pump(worker, work, outcome)
                     outcome = None  # an idle worker keeps no result alive
                 elif type(work) is Feed:
                     work = pump(worker, self.run.offered, (work, *base.copy().run(pull_now, work, now_fn)))
-            work = mailbox.get()
 
     def _interrupt(self, worker: ThreadWorker) -> None:
         if worker.thread is not None:

@@ -200,3 +200,43 @@ def test_no_sequence_of_events_breaks_the_rules() -> None:
                         breaker.dropped(attempt)
                         assert breaker.state is before
             assert breaker.state is not OPEN or breaker.ready_at(now) <= now + 8
+
+
+def test_as_long_as_nothing_fails_a_success_changes_nothing_but_a_share() -> None:
+    by_share = Breaker(BreakerPolicy(failures=2, failure_rate=0.5))
+    assert not by_share.spotless
+    breaker = Breaker(BreakerPolicy(failures=2))
+    assert breaker.spotless
+    breaker.failed("x", 0.0)
+    assert not breaker.spotless, "a success would start the count anew"
+    breaker.succeeded("x")
+    assert breaker.spotless
+
+
+def test_a_twin_on_another_clock_is_probed_after_as_long_and_goes_its_own_way() -> None:
+    breaker = opened(BreakerPolicy(failures=1, reset_after=30), now=5.0)
+    twin = breaker.twin(15.0, 1000.0)
+    assert (twin.state, twin.ready_at(1000.0)) == (OPEN, 1020.0)
+    twin.succeeded(probe(twin, 1020.0))
+    assert (twin.state, breaker.state) == (CLOSED, OPEN)
+
+
+def test_a_twin_counts_on_where_the_other_is() -> None:
+    by_share = Breaker(BreakerPolicy(failures=None, failure_rate=0.5, min_calls=4))
+    for number in range(2):
+        by_share.succeeded(number)
+    by_share.failed("x", 0.0)
+    assert by_share.twin(0.0, 0.0).failed("x", 0.0), "two of four"
+    in_row = Breaker(BreakerPolicy(failures=2))
+    in_row.failed("x", 0.0)
+    assert in_row.twin(0.0, 0.0).failed("x", 0.0)
+    assert in_row.state is by_share.state is CLOSED
+
+
+def test_a_probe_is_not_out_at_a_twin() -> None:
+    breaker = opened(BreakerPolicy(failures=1, reset_after=30, successes=2))
+    breaker.succeeded(probe(breaker, 30.0))
+    probe(breaker, 30.0)
+    twin = breaker.twin(30.0, 0.0)
+    twin.succeeded(probe(twin, 0.0))
+    assert twin.state is CLOSED, "one had succeeded"

@@ -11,6 +11,7 @@ from qengine import RateLimit
 from qengine.core.bucket import CATCH_UP, TokenBucket, epsilon
 
 ONE = TokenBucket(RateLimit(per_second=1, burst=3))
+FOUR = TokenBucket(RateLimit(per_second=4, burst=8))
 
 
 def take_all(bucket: TokenBucket, state: float, now: float, slack: float = 0.0) -> tuple[int, float]:
@@ -132,3 +133,37 @@ def test_the_last_bits_of_large_instants_are_no_reason_to_wait() -> None:
     for now in (0.0, 1.0, 1e5, 1.8e9, 1e12):
         assert max(1e-9, 3.9 * math.ulp(now)) <= epsilon(now) <= max(2e-9, 10 * math.ulp(now))
     assert epsilon(-5.0) == 1e-9
+
+
+def test_tokens_come_at_the_rate() -> None:
+    state = FOUR.initial(0.0, 2)
+    assert (FOUR.available(state, 0.0), FOUR.available(state, 1.0), FOUR.available(state, 9.0)) == (2, 6, 8)
+    assert FOUR.ask(state, 4, 0.0)[0] == 0.5
+
+
+def test_a_taker_may_be_early_by_so_much_and_no_more() -> None:
+    assert ONE.ask(0.0, 1, 0.5, early=0.5)[0] == 0.5
+    assert ONE.ask(0.0, 1, 0.4375, early=0.5)[0] == 1.0
+
+
+def test_what_is_charged_is_what_asking_would_have_taken() -> None:
+    for zero_at in (0.0, 6.0, 7.5, 10.0):
+        assert ONE.charge(zero_at, 2, 10.0, 0.5) == ONE.ask(zero_at, 2, 10.0, 0.5)[1]
+
+
+@pytest.mark.parametrize("tokens", [-4, 0, 5, 8])
+def test_on_another_clock_it_has_the_same_tokens_and_is_full_at_the_same_time(tokens: float) -> None:
+    state = FOUR.moved(100.0 - tokens / 4, 100.0, 1000.0)
+    assert FOUR.available(state, 1000.0) == tokens
+    assert FOUR.available(state, 1000.25) == min(8, tokens + 1)
+
+
+def test_on_another_clock_it_has_no_more_than_its_burst() -> None:
+    assert take_all(FOUR, FOUR.moved(0.0, 100.0, 7.0), 7.0)[0] == 8
+    assert FOUR.moved(0.0, 100.0, 7.0) == 5.0, "and none that a slack could give"
+
+
+def test_another_bucket_takes_over_the_tokens_or_the_debt_but_no_more_than_it_holds() -> None:
+    assert FOUR.taken_over(ONE, 98.0, 100.0) == 99.5, "two tokens, at four a second"
+    assert FOUR.taken_over(ONE, 102.0, 100.0) == 100.5
+    assert ONE.taken_over(FOUR, 98.0, 100.0) == 97.0

@@ -11,6 +11,7 @@ from core.support import make_gate, make_limits
 from qengine import BreakerPolicy, RateLimit, Window
 from qengine.core.breaker import BreakerState
 from qengine.core.gate import Gate
+from qengine.core.limits import LimitSet
 
 
 def test_an_idle_gate_lets_everything_through() -> None:
@@ -192,3 +193,73 @@ def test_an_outcome_that_says_nothing_of_its_use_wakes_nobody_at_a_bucket() -> N
     gate.await_relief("lane", lambda: woken.append(1))
     gate.ended("a", 1, 0.0, True)
     assert not woken
+
+
+# ---- what serves where most is as usual ------------------------------------------------------------------------------
+
+
+def test_it_is_calm_while_a_success_changes_nothing_and_only_limits_are_asked() -> None:
+    gate = make_gate(RateLimit(per_second=1), breaker=BreakerPolicy(failures=2))
+    assert gate.is_calm(0.0)
+    gate.ended("a", 1, 0.0, False)
+    assert not gate.is_calm(0.0), "a success would start the count anew"
+    gate.ended("a", 1, 0.0, True)
+    assert gate.is_calm(0.0)
+    gate.watch(lambda: None)
+    assert not gate.is_calm(0.0), "somebody is to be woken"
+    assert not make_gate(Window(1, 1)).is_calm(0.0), "a slot is to be settled"
+
+
+def test_it_is_not_calm_until_a_pause_is_over() -> None:
+    gate = make_gate()
+    gate.pause(5.0)
+    assert not gate.is_calm(math.nextafter(5.0, 0.0))
+    assert gate.is_calm(5.0)
+
+
+def test_an_open_breaker_is_not_calm() -> None:
+    gate = make_gate(breaker=BreakerPolicy(failures=1))
+    gate.ended("a", 1, 0.0, False)
+    assert not gate.is_calm(0.0)
+
+
+def test_one_call_of_several_sets_is_there_only_if_it_is_in_all() -> None:
+    one, other = make_limits(RateLimit(per_second=1, burst=5)), make_limits(RateLimit(per_second=1, burst=2))
+    gate = Gate([one, other], None, nullcontext())
+    assert [gate.take_call(0.0, 0.0) for _ in range(3)] == [True, True, False]
+    assert (one.available(0.0), other.available(0.0)) == (pytest.approx(3.0), pytest.approx(0.0))
+    assert gate.take_call(1.0, 0.0)
+
+
+# ---- a twin on another clock -----------------------------------------------------------------------------------------
+
+
+def test_a_twin_has_the_same_limits_breaker_and_pause_and_is_another() -> None:
+    gate = make_gate(Window(3, 10), breaker=BreakerPolicy(failures=1, reset_after=30))
+    for _ in range(2):
+        gate.admit("a", 1, 100.0)
+    gate.ended("a", 1, 100.0, False)
+    gate.pause(140.0)
+    twin = gate.twin(110.0, 7.0, nullcontext, {})
+    assert twin.admit("b", 1, 7.0) == 37.0, "the pause"
+    assert twin.skips(8.0) is gate.skips(111.0)
+    assert twin.admit("b", 1, 37.0) == 37.0, "the probe"
+    assert twin.admit("c", 1, 37.0) == math.inf
+    assert gate.admit("b", 1, 140.0) == 140.0, "here it is not out"
+
+
+def test_gates_that_share_limits_have_twins_that_share_theirs() -> None:
+    shared, own = make_limits(Window(2, 10)), make_limits(RateLimit(per_second=1, burst=5))
+    gates = [Gate([shared], None, nullcontext()), Gate([own, shared], None, nullcontext())]
+    twins = dict[object, LimitSet]()
+    one, other = (gate.twin(0.0, 0.0, nullcontext, twins) for gate in gates)
+    assert one.admit("a", 1, 0.0) == other.admit("b", 1, 0.0) == 0.0
+    assert one.admit("c", 1, 0.0) == math.inf
+    assert gates[0].admit("c", 1, 0.0) == 0.0
+
+
+def test_a_twin_of_an_idle_gate_is_idle_even_if_there_was_a_pause() -> None:
+    gate = make_gate()
+    gate.pause(5.0)
+    assert not gate.twin(5.0, 0.0, nullcontext, {}).active
+    assert gate.twin(4.0, 0.0, nullcontext, {}).admit("a", 1, 0.0) == 1.0

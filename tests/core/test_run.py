@@ -850,7 +850,8 @@ def test_a_task_withdrawn_is_cancelled_wherever_it_is_and_no_other() -> None:
     (running,) = trial.start(0.0)
     (second,) = trial.start(1.0)
     trial.fail(second, 1.0)
-    waiting = {attempt.payload: attempt for attempt in trial.records if attempt is not None}
+    queued = [*lane.fifo, *(attempt for _, attempt in lane.heap)]
+    waiting = {attempt.payload: attempt for attempt in (running, second, *queued)}
     for name in ("running", "backing off", "low", "fifo"):
         trial.run.withdrawn(waiting[name], "nobody waits", 1.5)
     trial.run.withdrawn(running, "nobody waits", 1.5)
@@ -874,8 +875,9 @@ def test_an_open_breaker_keeps_tasks_for_the_probe() -> None:
     assert trial.told("breaker_opened") == [(0.0, "breaker_opened", 1)]
     assert trial.wait_until(0.0) == 30.0
     trial.succeed(running[2], 1.0)
-    assert payloads(trial.start(30.0)) == [3], "one probe, and no more"
-    trial.succeed(trial.records[3], 31.0)
+    (probe,) = trial.start(30.0)
+    assert probe.payload == 3
+    trial.succeed(probe, 31.0)
     assert len(trial.start(31.0)) == 3
 
 

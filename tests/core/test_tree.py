@@ -428,3 +428,79 @@ def test_tasks_without_a_hierarchy_know_nothing_of_it() -> None:
     trial = Trial(make_lane(), data=[Task("a")])
     drive(trial, answer(1.0, ["x"]))
     assert not hasattr(trial.records[0].task, "node")
+
+
+class Answers:
+    """A plan by what was found: each answer is the nodes that it opens up."""
+
+    def __init__(self, queries: dict[Any, list[str]]) -> None:
+        self._queries = queries
+        self.made: list[str] = []
+
+    def queries(self, node: Any, source: Any) -> Iterable[Any]:
+        for query in self._queries.get(node, [f"{node}?"]):
+            self.made.append(query)
+            yield query
+
+    def children(self, node: Any, result: Any) -> Iterable[Any]:
+        return list(result.items)
+
+
+def test_what_two_answers_about_one_node_open_is_asked_in_the_order_in_which_it_was_found() -> None:
+    trial = trial_of(Answers({"a": ["a1?", "a2?"]}), make_lane(concurrency=2), roots="a")
+    one, two = trial.start(0.0)
+    trial.succeed(one, 1.0, ["x"])
+    trial.succeed(two, 1.0, ["y"])
+    assert asked(trial.start(1.0)) == ["x?", "y?"]
+
+
+def test_nodes_of_one_place_are_asked_about_in_turns_of_a_handful() -> None:
+    plan = Answers({"a": ["a1?", "a2?"], "x": [f"x{n}" for n in range(20)], "y": [f"y{n}" for n in range(20)]})
+    trial = trial_of(plan, make_lane(concurrency=2), roots="a")
+    one, two = trial.start(0.0)
+    trial.succeed(one, 1.0, ["x"])
+    trial.succeed(two, 1.0, ["y"])
+    trial.start(1.0)
+    assert plan.made[2:] == [f"x{n}" for n in range(16)] + [f"y{n}" for n in range(16)]
+
+
+def test_queries_are_made_ahead_for_a_quarter_of_the_lookahead() -> None:
+    plan = Answers({})
+    trial = trial_of(plan, make_lane(RateLimit(per_second=1), concurrency=2, lookahead=8), roots="abcdefghij")
+    assert asked(trial.start(0.0)) == ["a?"]
+    assert plan.made == ["a?", "b?", "c?"]
+
+
+def test_more_are_made_ahead_only_of_what_goes_before() -> None:
+    plan = Answers({"a": [f"a{n}" for n in range(40)]})
+    trial = trial_of(plan, make_lane(RateLimit(per_second=1), concurrency=2, lookahead=40), roots="ab")
+    assert asked(trial.start(0.0)) == ["a0"]
+    assert len(plan.made) == 16, "a handful, which is more than a quarter of the lookahead"
+
+
+def test_a_stream_asks_on_when_its_consumer_has_made_room() -> None:
+    lane = make_lane(concurrency=1, lookahead=1)
+    trial = trial_of(Garden(), lane, roots="abc", stream=True)
+    for _ in range(2):
+        (attempt,) = trial.start(0.0)
+        trial.succeed(attempt, 0.0, [])
+    assert trial.wait_until(0.0) is None
+    lane.delivered += 1
+    trial.run.delivered(lane, 0.0)
+    assert asked(trial.start(0.0)) == ["c?"]
+
+
+def test_what_was_found_is_opened_though_the_lane_that_found_it_has_no_room() -> None:
+    full, free = make_lane(name="full", lookahead=0), make_lane(name="free", concurrency=50)
+    trial = trial_of(Answers({}), full, free, roots="ab", stream=True)
+    first, *_ = trial.start(0.0)
+    trial.succeed(first, 1.0, [f"child {number}" for number in range(20)])
+    started = trial.start(1.0)
+    assert first.lane is full and full.room == 0
+    assert [attempt.lane for attempt in started] == [free] * 20
+
+
+def test_a_stop_after_the_last_of_all_has_left_nothing() -> None:
+    trial = trial_of(Garden(), make_lane(), roots="a", max_failures=1)
+    drive(trial, answer(1.0, Raised(OSError())))
+    assert trial.run.stop_reason == "max_failures" and not trial.run.intake_cut

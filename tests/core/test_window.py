@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
+
 from qengine import Window
 from qengine.core.window import EMPTY, RollingWindow, Slots, live_slots
 
@@ -131,3 +133,47 @@ def test_what_is_forgotten_stays_so_when_the_clock_steps_back() -> None:
     slots = THREE.charge(slots, 0, 115.0)       # and so the slot that ran out at 110 is forgotten
     slots = THREE.charge(slots, 3, 50.0)
     assert THREE.ask(slots, 1, 61.0)[0] == 110.0, "at 61 the one of 100 would count"
+
+
+def test_a_slot_given_back_whole_leaves_nothing_behind() -> None:
+    assert list(live_slots(THREE.refund(filled(0.0, 4.0), 1, 5.0))) == [(10.0, 1)]
+
+
+def test_an_empty_window_is_as_new_whatever_the_sums_of_fractions_say() -> None:
+    slots = EMPTY
+    for now, amount in enumerate([0.1, 0.2, 0.3]):
+        _, slots = THREE.ask(slots, amount, float(now))
+    chunks, gone, total, held, _ = THREE.charge(slots, 0, 99.0)
+    assert (chunks, gone, total, held) == EMPTY[:4]
+
+
+def test_slots_lie_in_full_chunks_so_that_one_more_copies_few_of_them() -> None:
+    window, slots = RollingWindow(Window(200, 1000)), EMPTY
+    for now in range(200):
+        _, slots = window.ask(slots, 1, float(now))
+    assert [len(chunk) for chunk in slots[0]] == [64, 64, 64, 8]
+
+
+@pytest.mark.parametrize(("used", "left"), [(1, 2.5), (3, 0.5), (2, 1.5)])
+def test_a_call_older_than_the_window_counts_by_what_it_used_otherwise(used: float, left: float) -> None:
+    slots = THREE.charge(EMPTY, 1.5, 0.0)       # as the limit that was there before had counted it: nothing is held
+    assert THREE.available(THREE.settle(slots, 2, 5.0, used), 5.0) == left
+
+
+def test_on_another_clock_what_has_not_run_out_lasts_as_long() -> None:
+    slots = THREE.moved(filled(0.0, 4.0, 5.0), 10.0, 1000.0)
+    assert list(live_slots(slots)) == [(1004.0, 1), (1005.0, 1)], "the first has run out just now"
+    assert THREE.ask(slots, 1, 1000.0)[0] == 1000.0
+    assert THREE.ask(slots, 2, 1000.0)[0] == 1004.0
+
+
+def test_on_another_clock_what_is_held_runs_out_as_if_it_ended_now() -> None:
+    _, slots = THREE.ask(filled(4.0), 2, 5.0, held=True)
+    slots = THREE.moved(slots, 8.0, 1000.0)
+    assert list(live_slots(slots)) == [(1006.0, 1), (1010.0, 2)]
+
+
+def test_another_window_forgets_what_is_older_than_it_lasts() -> None:
+    slots = RollingWindow(Window(2, 3)).taken_over(THREE, filled(5.0, 6.0), 8.0)
+    assert list(live_slots(slots)) == [(9.0, 1)], "the one of 5 would have run out just now"
+    assert RollingWindow(Window(2, 3)).ask(slots, 1, 8.0)[0] == 8.0
