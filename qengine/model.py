@@ -6,12 +6,17 @@ how a task ended and never hides an error; a report keeps input order.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any, Generic, Self, TypeVar
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
+from weakref import ref
 
 from .errors import (
     BreakerOpenError,
@@ -21,6 +26,8 @@ from .errors import (
     refuse,
     refuse_type,
     require_amount,
+    require_callable,
+    require_instant,
     require_kind,
     require_number,
     require_positive,
@@ -30,6 +37,11 @@ P = TypeVar("P")
 V = TypeVar("V")
 
 Amount = float | Mapping[str, float]
+
+DEADLINE = "deadline"
+"""The reason of a token whose deadline has passed."""
+
+_log = logging.getLogger(__name__)
 
 
 class TaskStatus(Enum):
@@ -335,75 +347,295 @@ class Event:
     detail: str = ""
 
 
+@runtime_checkable
+class KeepsTime(Protocol):
+    """A clock on which whoever waits must wait in a queue of its own: a VirtualClock is one."""
+
+    def queue(self) -> Any:
+        """Make a queue."""
+
+    def take_until(self, queue: Any, at: float) -> bool:
+        """Take something out of a queue, waiting until that instant at most; return whether there was something."""
+
+
 class CancellationToken:
     """Cancels what it is given to: a run, or the calls that look at it.
 
-    Thread-safe; `cancel` takes no lock that a waiter may hold, so a signal handler may call it.
+    It is cancelled by `cancel`, by its deadline, or with any of its parents, whichever comes first, and once: the first
+    reason stays.  A token keeps its parents alive, never its children.  No timer runs for a deadline: it holds from its
+    instant on for whoever looks or waits, and callbacks are called by whoever does so first; a run that was given the
+    token does at that instant.
+
+    Args:
+        parents: Tokens that cancel this one, with their reason; see `link`.
+        timeout: Seconds from now after which it is cancelled with the reason "deadline"; None for no bound.
+        now_fn: Its clock, in seconds; None for that of its parents, where they have one, else `time.monotonic`.
+
+    Raises:
+        ValueError: A timeout that is not above 0, or parents by another clock.
+        TypeError: Not tokens, not a number, not a callable.
+
+    Thread-safe, and `cancel` takes no lock that a waiter may hold, so a signal handler may call it.
 
     >>> token = CancellationToken()
     >>> token.cancel("enough")
     >>> token.cancelled, token.reason
     (True, 'enough')
+
+    A service that stops, and a request to it that has a second:
+
+    >>> from qengine.testing import VirtualClock
+    >>> clock = VirtualClock()
+    >>> service = CancellationToken()
+    >>> request = CancellationToken(service, timeout=1.0, now_fn=clock.now)
+    >>> clock.sleep(0.4)
+    >>> request.cancelled, request.deadline, request.remaining()
+    (False, 1.0, 0.6)
+    >>> request.wait(), request.reason, service.cancelled
+    (True, 'deadline', False)
     """
 
-    def __init__(self) -> None:
-        self._reason: str | None = None
-        self._callbacks: list[Callable[[str], object]] = []
-        self._latch = threading.Lock()  # held until cancelled; an Event's lock could deadlock a signal handler
-        self._latch.acquire()
+    __slots__ = (
+        "__weakref__",
+        "_callbacks",
+        "_children",
+        "_due_at",
+        "_now_fn",
+        "_parents",
+        "_reasons",
+        "_until",
+        "_watchers",
+    )
+
+    # No lock: each step below is one operation of a built-in container, which threads and signal handlers cannot split.
+
+    def __init__(
+        self,
+        *parents: CancellationToken,
+        timeout: float | None = None,
+        now_fn: Callable[[], float] | None = None,
+    ) -> None:
+        optional(require_positive, "timeout", timeout)
+        optional(require_callable, "now_fn", now_fn)
+        self._reasons: list[str] = []  # the first of them counts
+        self._parents: dict[CancellationToken, ref[CancellationToken]] = {}
+        self._children: set[ref[CancellationToken]] = set()
+        self._callbacks: dict[object, Callable[[str], object]] = {}
+        self._watchers: dict[object, Callable[[], object]] = {}
+        self._now_fn = now_fn
+        self._until = inf  # its own deadline
+        self._due_at = inf  # when it is cancelled if nobody does so before: the earliest of its own and its parents'
+        if parents:
+            self.link(*parents)
+        if timeout is not None:
+            if self._now_fn is None:
+                self._now_fn = time.monotonic
+            self._until = require_instant(self._now_fn()) + timeout
+            self._due_at = min(self._due_at, self._until)
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._reason is not None
+        """Whether it is cancelled, also by its deadline."""
+        if self._reasons:
+            return True
+        if not self._is_due():
+            return False
+        for token in tuple(self._lineage()):  # whose deadline it is
+            if token._is_due():
+                token._cancel(DEADLINE)
+        return True
 
     @property
     def reason(self) -> str | None:
         """The first reason given, None before."""
-        return self._reason
+        return self._reasons[0] if self.cancelled else None
+
+    @property
+    def deadline(self) -> float | None:
+        """The instant of its clock after which nobody waits any more: the earliest of its own and its parents'."""
+        earliest = min(token._until for token in self._lineage())
+        return None if earliest == inf else earliest
+
+    def remaining(self) -> float:
+        """Return the seconds until the deadline: infinity if there is none, below 0 when it has passed."""
+        deadline = self.deadline
+        return inf if deadline is None or self._now_fn is None else deadline - self._now_fn()
 
     def cancel(self, reason: str = "cancelled") -> None:
-        """Cancel, once; later calls change nothing."""
+        """Cancel it and all that is linked to it, once; later calls change nothing.
+
+        Callbacks are called here, the latest first, each of them whatever the others do: an Exception of one is logged;
+        what is meant for whoever called this, a KeyboardInterrupt or SystemExit, is raised when all have been called.
+        """
         require_kind("reason", reason, str)
-        if self._reason is not None:
-            return
-        self._reason = reason
-        if self._latch.locked():
-            try:
-                self._latch.release()
-            except RuntimeError:  # another thread cancelled in the same instant
-                return
-        while self._callbacks:
-            self._callbacks.pop()(reason)
+        if not self.cancelled:
+            self._cancel(reason)
+
+    def link(self, *parents: CancellationToken) -> None:
+        """Have it cancelled with any of `parents`, with the same reason; at once if one is already.
+
+        Raises:
+            ValueError: It would close a circle, or a parent has another clock.
+            TypeError: Not a token.
+        """
+        clock = self._now_fn
+        for parent in parents:
+            require_kind("a parent", parent, CancellationToken)
+            if parent is self or (self._children and any(token is self for token in parent._lineage())):
+                refuse("a parent", parent, "a token that is not linked to this one: it would close a circle")
+            clock = clock or parent._now_fn
+            _check_clock(parent, clock)
+        for token in self._below() if self._children else ():
+            _check_clock(token, clock)
+        for parent in parents:
+            if parent not in self._parents:
+                self._parents[parent] = me = ref(self, parent._children.discard)
+                parent._children.add(me)  # first, for it may be cancelled or be given a deadline meanwhile
+            if self._now_fn is None:
+                self._now_fn = parent._now_fn
+            if parent._due_at < self._due_at:
+                self._hasten(parent._due_at)
+            if parent.cancelled:
+                self._cancel(parent._reasons[0])
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until cancelled, at most `timeout` seconds; return whether it is."""
-        if self._latch.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)):
-            self._latch.release()
+        """Wait until it is cancelled, at most `timeout` seconds of its clock; return whether it is."""
+        optional(require_number, "timeout", timeout)
+        now_fn = self._now_fn or time.monotonic
+        clock = getattr(now_fn, "__self__", None)
+        word: Any = clock.queue() if isinstance(clock, KeepsTime) else SimpleQueue()
+        until = inf if timeout is None else now_fn() + timeout
+        leave = self.watch(lambda: word.put(None)), self.subscribe(word.put)
+        try:
+            while not self.cancelled:
+                seconds = min(until, self._due_at) - now_fn()
+                try:
+                    word.get(timeout=None if seconds == inf else min(max(0.0, seconds), threading.TIMEOUT_MAX))
+                except Empty:
+                    if until <= self._due_at:
+                        break
+        finally:
+            for unsubscribe in leave:
+                unsubscribe()
         return self.cancelled
 
     def raise_if_cancelled(self) -> None:
         """Raise QEngineError with the reason if cancelled."""
-        if self._reason is not None:
-            raise QEngineError(f"cancelled: {self._reason}")
+        if self.cancelled:
+            raise QEngineError(f"cancelled: {self.reason}")
 
     def subscribe(self, callback: Callable[[str], object]) -> Callable[[], None]:
-        """Have `callback(reason)` called on cancel, at once if that was before; return what takes it back."""
-        self._callbacks.append(callback)
-        if self._reason is not None and self._unsubscribe(callback):
-            callback(self._reason)
+        """Have `callback(reason)` called on cancel, at once if that was before; return what takes it back.
 
-        def unsubscribe() -> None:
-            self._unsubscribe(callback)
+        It is called once, by whoever cancels or is the first to see that the deadline has passed; so it must be quick.
+        """
+        key = object()
+        self._callbacks[key] = callback
+        if self.cancelled and self._callbacks.pop(key, None) is not None:
+            callback(self._reasons[0])
+        return lambda: _drop(self._callbacks, key)
 
-        return unsubscribe
+    def watch(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have `callback()` called whenever a link moves `due_at` forward; return what takes it back.  For drivers."""
+        key = object()
+        self._watchers[key] = callback
+        return lambda: _drop(self._watchers, key)
 
-    def _unsubscribe(self, callback: Callable[[str], object]) -> bool:
-        try:
-            self._callbacks.remove(callback)
-        except ValueError:  # called in the same instant
-            return False
-        return True
+    @property
+    def due_at(self) -> float:
+        """The instant at which its deadline cancels it, infinity if none does.  For drivers."""
+        return self._due_at
+
+    @property
+    def now_fn(self) -> Callable[[], float] | None:
+        """Its clock; None as long as it has no use for one."""
+        return self._now_fn
+
+    def unlink(self) -> None:
+        """Let go of its parents.  For drivers, at the end of what it was for."""
+        parents, self._parents = self._parents, {}
+        for parent, me in parents.items():
+            parent._children.discard(me)
+
+    def _is_due(self) -> bool:
+        return self._due_at < inf and self._now_fn is not None and self._now_fn() >= self._due_at
+
+    def _cancel(self, reason: str) -> None:
+        """Cancel it and, without recursion, all below; each has its own reason if its own deadline came before."""
+        interrupt: BaseException | None = None
+        found, done = [self], 0
+        while done < len(found):
+            try:  # what is raised, also by a signal handler, leaves no token and no callback out
+                while done < len(found):
+                    token = found[done]
+                    if not token._reasons:
+                        token._reasons.append(DEADLINE if token._is_due() else reason)
+                    for parent, me in tuple(token._parents.items()):
+                        parent._children.discard(me)
+                    found += token._live_children()
+                    while (callback := _take(token._callbacks)) is not None:
+                        callback(token._reasons[0])
+                    done += 1
+            except Exception:
+                _log.exception("a callback of a CancellationToken raised; the others are called all the same")
+            except BaseException as error:
+                interrupt = interrupt or error
+        if interrupt is not None:
+            raise interrupt
+
+    def _hasten(self, due_at: float) -> None:
+        """Move forward the instant at which it and all below are cancelled."""
+        pending = [self]
+        while pending:
+            token = pending.pop()
+            if due_at < token._due_at:
+                token._now_fn = token._now_fn or self._now_fn
+                token._due_at = due_at
+                for watcher in tuple(token._watchers.values()):
+                    watcher()
+                pending += token._live_children()
+
+    def _live_children(self) -> list[CancellationToken]:
+        return [child for me in tuple(self._children) if (child := me()) is not None]
+
+    def _lineage(self) -> Iterator[CancellationToken]:
+        """Return it and all above, each once."""
+        return _walk(self, lambda token: tuple(token._parents))
+
+    def _below(self) -> Iterator[CancellationToken]:
+        """Return it and all below, each once."""
+        return _walk(self, CancellationToken._live_children)
 
     def __repr__(self) -> str:
-        return f"<CancellationToken {self._reason!r}>" if self.cancelled else "<CancellationToken>"
+        reason = self._reasons[0] if self._reasons else DEADLINE if self._is_due() else None  # calls no callback
+        return "<CancellationToken>" if reason is None else f"<CancellationToken {reason!r}>"
+
+
+def _check_clock(token: CancellationToken, clock: Callable[[], float] | None) -> None:
+    if token.now_fn not in (None, clock):
+        refuse("the clock of a token", token.now_fn, f"one for all that are linked, as {clock!r}")
+
+
+def _walk(
+    first: CancellationToken, next_of: Callable[[CancellationToken], Iterable[CancellationToken]]
+) -> Iterator[CancellationToken]:
+    seen = {first}
+    pending = [first]
+    while pending:
+        token = pending.pop()
+        yield token
+        for other in next_of(token):
+            if other not in seen:
+                seen.add(other)
+                pending.append(other)
+
+
+def _take(callbacks: dict[object, Callable[[str], object]]) -> Callable[[str], object] | None:
+    try:
+        return callbacks.popitem()[1]
+    except KeyError:  # none, or another thread took the last
+        return None
+
+
+def _drop(entries: dict[object, Any], key: object) -> None:
+    entries.pop(key, None)

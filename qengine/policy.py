@@ -6,6 +6,7 @@ a ValueError or TypeError that names it, before anything has started.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -212,6 +213,12 @@ class StopConditions:
         max_results: Stop at this many successes; what was running then may add more.
         in_flight: "drain" lets what is running finish, "abandon" gives it up at once.
         drain_seconds: How long a drain lasts at most.
+
+    A condition that can never be met, because another one always is before, is refused.
+
+    >>> StopConditions(max_failures=10, failure_rate=0.5)
+    Traceback (most recent call last):
+    ValueError: failure_rate is 0.5, allowed is at most 0.45 of min_outcomes=20: max_failures=10 always stops before
     """
 
     max_failures: int | None = None
@@ -230,6 +237,26 @@ class StopConditions:
         optional(require_count, "max_results", self.max_results)
         require_choice("in_flight", self.in_flight, ("drain", "abandon"))
         require_at_least("drain_seconds", self.drain_seconds, 0.0)
+        self._refuse_the_unreachable()
+
+    def _refuse_the_unreachable(self) -> None:
+        """Refuse a condition that can never be met; `core.stops` says which is looked at first."""
+        rate, least = self.failure_rate, self.min_outcomes
+        if rate is None:
+            return
+        failures = least if self.max_failures is None else self.max_failures - 1  # one more ends the run by itself
+        successes = math.inf if self.max_results is None else self.max_results - 1
+        given = {"max_failures": self.max_failures, "max_results": self.max_results}
+        others = " or ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        most = min(least, failures)
+        if least - most > successes:
+            refuse("min_outcomes", least, f"at most {failures + successes:g}: {others} always stops before")
+        if most / least < rate:
+            allowed = f"at most {most / least:g} of min_outcomes={least}: {others} always stops before"
+            refuse("failure_rate", rate, allowed)
+        if self.max_failures is not None and failures >= least and failures / (failures + successes) >= rate:
+            allowed = f"fewer: failure_rate={rate} or max_results={self.max_results} always stops a run before"
+            refuse("max_failures", self.max_failures, allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,3 +304,22 @@ class ExecutionPolicy:
         optional(require_kind, "breaker", self.breaker, BreakerPolicy)
         require_count("lookahead", self.lookahead, 0)
         optional(require_count, "max_abandoned", self.max_abandoned)
+
+
+def refuse_beyond_budget(stop: StopConditions, calls: int | None, *, only_calls_fail: bool) -> None:
+    """Refuse stop conditions that a run which may make so many calls in all can never meet.
+
+    Args:
+        stop: The conditions.
+        calls: The budget of the run; None for no bound.
+        only_calls_fail: Whether there are no failures without a call, as there are of inputs that are bad.
+    """
+    if calls is None:
+        return
+    allowed = f"at most the budget of {calls}: no more calls are made"
+    if stop.max_results is not None and stop.max_results > calls:
+        refuse("stop.max_results", stop.max_results, allowed)
+    if only_calls_fail and stop.max_failures is not None and stop.max_failures > calls:
+        refuse("stop.max_failures", stop.max_failures, allowed)
+    if only_calls_fail and stop.failure_rate is not None and stop.min_outcomes > calls:
+        refuse("stop.min_outcomes", stop.min_outcomes, allowed)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+
+from qengine import StopConditions
 
 
 def in_threads(count: int, action: Callable[[int], object]) -> None:
@@ -15,6 +18,14 @@ def in_threads(count: int, action: Callable[[int], object]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def live_stop(**given: Any) -> StopConditions:
+    """Stop conditions drawn at random, without a rate that the others would never let come about."""
+    try:
+        return StopConditions(**given)
+    except ValueError:
+        return StopConditions(**given | {"failure_rate": None})
 
 
 def assert_refused_at_the_door(

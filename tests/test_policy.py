@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +15,19 @@ import pytest
 from qengine import (
     BreakerPolicy,
     ExecutionPolicy,
+    QueryExecutor,
     RateLimit,
     RateLimiter,
     RetryPolicy,
+    Source,
     StopConditions,
     TaskError,
+    TaskScheduler,
+    TaskStatus,
     TransientError,
     Window,
 )
+from qengine.core.stops import StopRule
 from qengine.policy import check_limits
 
 make_limit: Any = RateLimit
@@ -175,3 +182,78 @@ def test_a_batch_backoff_without_batches_is_refused() -> None:
 def test_a_rate_beyond_arithmetic_is_refused() -> None:
     with pytest.raises(ValueError, match="per_second is 1e-320"):
         make_limit(per_second=1e-320)
+
+
+def reasons_that_can_come(given: dict[str, Any]) -> set[str]:
+    """Every reason for which a run may stop: all orders of outcomes tried, as far as they differ."""
+    found: set[str] = set()
+    stop: Any = SimpleNamespace(**given)
+    rule: Any = StopRule(stop)
+    pending, seen = [(0, 0)], {(0, 0)}
+    while pending:
+        failures, successes = pending.pop()
+        for status in (TaskStatus.FAILED, TaskStatus.SUCCEEDED):
+            rule._failures, rule._successes = failures, successes
+            reason = rule.after(status)
+            state = rule._failures, rule._successes
+            if reason is not None:
+                found.add(reason)
+            elif state not in seen and sum(state) < 20:
+                seen.add(state)
+                pending.append(state)
+    return found
+
+
+def test_exactly_the_stop_conditions_that_can_never_be_met_are_refused() -> None:
+    refused = 0
+    for failures, rate, outcomes, results in itertools.product(
+        (None, 1, 2, 3, 6), (None, 0.3, 0.5, 2 / 3, 1.0), (1, 2, 3, 5), (None, 1, 2, 4)
+    ):
+        given = {"max_failures": failures, "failure_rate": rate, "min_outcomes": outcomes, "max_results": results}
+        asked = {name for name in ("max_failures", "failure_rate", "max_results") if given[name] is not None}
+        if asked <= reasons_that_can_come(given):
+            assert make_stop(**given).min_outcomes == outcomes
+        else:
+            refused += 1
+            with pytest.raises(ValueError, match=r"(max_f|failure_r|min_out)\w+ is .* allowed is .* before"):
+                make_stop(**given)
+    assert refused > 50
+
+
+@pytest.mark.parametrize(("stop", "options", "words"), [
+    ({"max_results": 11}, {}, "stop.max_results is 11, allowed is at most the budget of 10"),
+    ({"max_results": 11}, {"key": str}, "stop.max_results is 11"),
+    ({"max_failures": 11}, {}, "stop.max_failures is 11"),
+    ({"failure_rate": 0.5}, {}, "stop.min_outcomes is 20"),
+])
+def test_a_stop_that_no_budget_reaches_is_refused(stop: Any, options: Any, words: str) -> None:
+    policy = make_policy(budget=10, stop=make_stop(**stop))
+    with pytest.raises(ValueError, match=words):
+        TaskScheduler(abs, policy, **options)
+    assert TaskScheduler(abs, policy, lane_by=str).policy is policy, "each lane has that budget"
+
+
+@pytest.mark.parametrize("stop", [
+    {"max_results": 10}, {"max_failures": 10}, {"failure_rate": 0.5, "min_outcomes": 10},
+])
+def test_a_stop_that_the_budget_just_reaches_is_taken(stop: Any) -> None:
+    assert TaskScheduler(abs, make_policy(budget=10, stop=make_stop(**stop))).policy.budget == 10
+
+
+def test_what_fails_without_a_call_needs_no_budget() -> None:
+    def key(payload: int) -> None:
+        raise ValueError("no key")
+
+    scheduler = TaskScheduler(abs, make_policy(budget=1, stop=make_stop(max_failures=3)), key=key)
+    assert scheduler.run(range(9)).stop_reason == "max_failures"
+
+
+def test_sources_with_budgets_bring_no_more_results_than_those_allow() -> None:
+    def executor(results: int, *budgets: int | None) -> QueryExecutor:
+        sources = [Source(f"s{at}", list, budget=budget) for at, budget in enumerate(budgets)]
+        return QueryExecutor(sources, plan, stop=make_stop(max_results=results))
+
+    plan: Any = SimpleNamespace(queries=lambda node, source: (), children=lambda node, result: ())
+    with pytest.raises(ValueError, match=r"stop.max_results is 6, allowed is at most the budget of 5"):
+        executor(6, 2, 3)
+    assert (executor(5, 2, 3).stop.max_results, executor(6, 2, None).stop.max_results) == (5, 6)

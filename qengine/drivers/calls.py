@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context, ContextVar
@@ -22,9 +23,11 @@ from ..core.steps import Raised
 from ..core.tree import NodeKey
 from ..errors import RateLimitError, refuse, refuse_type, require_at_least
 from ..model import CancellationToken, Task
-from .clock import Clock
+from .clock import SYSTEM_CLOCK, Clock
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
@@ -49,24 +52,69 @@ class HasWork(Protocol):
     work: Any
 
 
-_current: ContextVar[tuple[HasWork, Clock, int]] = ContextVar("qengine_current_attempt")
+Tokens = tuple[CancellationToken, ...]
+
+_Scope = tuple[HasWork | None, Clock, int | None, Tokens]
+
+# One variable for all: each that there is would cost every call under asyncio a look at it.
+_current: ContextVar[_Scope] = ContextVar("qengine_current_attempt")
+
+_OUTSIDE: _Scope = (None, SYSTEM_CLOCK, None, ())
+
+
+def enter_run(token: CancellationToken, clock: Clock) -> None:
+    """Let the attempts of the workers that take over this context be cancelled with their run."""
+    _current.set((None, clock, None, (token,)))
 
 
 def set_current_worker(worker: HasWork, clock: Clock) -> None:
     """Let the code that runs in this context, and in this thread, find its attempt."""
-    _current.set((worker, clock, get_ident()))
+    _current.set((worker, clock, get_ident(), _current.get(_OUTSIDE)[3]))
 
 
 def current_worker() -> tuple[HasWork, Clock] | None:
     """Return the worker in whose attempt this code runs, and its clock; None outside of a task."""
-    worker, clock, thread = _current.get((None, None, None))
-    return None if worker is None or clock is None or thread != get_ident() else (worker, clock)
+    worker, clock, thread, _ = _current.get(_OUTSIDE)
+    return None if worker is None or thread != get_ident() else (worker, clock)
+
+
+def current_token() -> CancellationToken | None:
+    """Return the token of the attempt in which this code runs, or of the run whose inputs or plan it is; else None."""
+    found = current_worker()
+    if found is None:
+        return None
+    worker, clock = found
+    if _is_at(worker):
+        return view_of(worker.work, clock).cancel
+    return next(iter(_current.get(_OUTSIDE)[3]), None)
+
+
+def _is_at(worker: HasWork) -> bool:
+    """Say whether a worker has begun an attempt that has not ended, or that was given up."""
+    attempt = worker.work
+    return attempt is not None and (attempt.worker is worker or attempt.reason is not None)
+
+
+class AttemptToken(CancellationToken):
+    """The token of an attempt: cancelled with its run, and by the engine when it is given up, and not before.
+
+    Args:
+        deadline: Until when it may run: said here for all to see, kept by the core.
+        now_fn: The clock of the run.
+        parents: The token of the run; of a `call`, the token of whoever waits for it as well.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, deadline: float, now_fn: Callable[[], float], parents: Tokens) -> None:
+        super().__init__(*parents, now_fn=now_fn)
+        self._until = deadline
 
 
 class CurrentAttempt:
     """What a running task can learn and say of its own attempt; `current_attempt()` returns it."""
 
-    __slots__ = ("_attempt", "_now_fn", "_used", "cancel", "deadline", "number", "source", "task", "used")
+    __slots__ = ("_attempt", "_cancel", "_now_fn", "_parents", "_until", "_used", "number", "source", "task", "used")
 
     def __init__(self, attempt: Attempt, now_fn: Callable[[], float]) -> None:
         self._attempt = attempt
@@ -76,8 +124,30 @@ class CurrentAttempt:
         self.task: Task[Any] = task_of(attempt)
         self.number = attempt.number
         self.source = attempt.lane.name
-        self.cancel = CancellationToken()
-        self.deadline = attempt.started_at + attempt.timeout
+        self._until = attempt.started_at + attempt.timeout
+        self._parents = _current.get(_OUTSIDE)[3]
+        self._cancel: list[CancellationToken] = []  # none or the first of them: making one is not for nothing
+
+    @property
+    def cancel(self) -> CancellationToken:
+        """Cancelled when the attempt is given up, or its run cancelled."""
+        if not self._cancel:
+            self._cancel.append(AttemptToken(self._until, self._now_fn, self._parents))
+            attempt = self._attempt
+            if attempt.view is self and attempt.reason is not None:  # it was given up before
+                self._cancel[0].cancel(attempt.reason)
+        return self._cancel[0]
+
+    def give_up(self, reason: str) -> None:
+        """Cancel the token, whatever its callbacks raise, if anybody has looked at it; else it will be made so."""
+        for token in self._cancel[:1]:
+            tell(token, reason)
+
+    @property
+    def deadline(self) -> float:
+        """When the attempt is given up, or its run stopped, at the latest; infinity if there is no bound."""
+        deadlines = [token.deadline for token in self._parents]
+        return min([self._until, *(deadline for deadline in deadlines if deadline is not None)])
 
     def remaining(self) -> float:
         """Return the seconds until the deadline: infinity if there is none, below 0 when it has passed."""
@@ -130,9 +200,10 @@ def current_attempt() -> CurrentAttempt:
     """Return the attempt in which this code runs.
 
     Its `task`; `source`, the name of its source or lane; `number`, 1 for the first; `cancel`, a CancellationToken that
-    is cancelled when the attempt is given up; `deadline`, an instant of the run's clock, and `remaining()`, the seconds
-    until then; `record(...)` says what the call really uses.  Under asyncio the tasks that it starts and awaits find it
-    too.
+    is cancelled when the attempt is given up, and before that when its run is cancelled, though what runs may still
+    come to its end; `deadline`, an instant of the run's clock, the earliest of the attempt's timeout and its run's
+    token, and `remaining()`, the seconds until then; `record(...)` says what the call really uses.  Under asyncio the
+    tasks that it starts and awaits find it too.  A run that is started here is cancelled with the attempt.
 
     >>> from qengine import ConcurrentExecutor
     >>> def ask(prompt):
@@ -148,21 +219,16 @@ def current_attempt() -> CurrentAttempt:
         RuntimeError: Outside of a task, which is also in a thread that the task has started.
     """
     found = current_worker()
-    if found is None:
+    if found is None or not _is_at(found[0]):
         raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
     worker, clock = found
-    attempt = worker.work
-    if attempt is None or (attempt.worker is not worker and attempt.reason is None):  # none begun, or it has ended
-        raise RuntimeError("current_attempt() was called outside of a task that qengine runs")
-    return view_of(attempt, clock)
+    return view_of(worker.work, clock)
 
 
 def view_of(attempt: Attempt, clock: Clock) -> CurrentAttempt:
     """Return what its task can learn of an attempt."""
     if attempt.view is None:
         attempt.view = CurrentAttempt(attempt, clock.now)
-        if attempt.reason is not None:  # given up in the same instant
-            attempt.view.cancel.cancel(attempt.reason)
     view: CurrentAttempt = attempt.view
     return view
 
@@ -175,7 +241,15 @@ def task_of(attempt: Attempt) -> Task[Any]:
 def tell_cancelled(attempt: Attempt, reason: str) -> None:
     """Cancel the token of an attempt that was given up."""
     if attempt.view is not None:
-        attempt.view.cancel.cancel(reason)
+        attempt.view.give_up(reason)
+
+
+def tell(token: CancellationToken, reason: str) -> None:
+    """Cancel a token, whatever its callbacks raise: here is nobody who would want to have it."""
+    try:
+        token.cancel(reason)
+    except BaseException:
+        _log.exception("a callback of a CancellationToken raised; the run goes on")
 
 
 def is_async(fn: object, *, generators: bool = True) -> bool:
@@ -210,9 +284,10 @@ def check_value(value: Any) -> None:
         raise TypeError(f"the task returned {type(value).__name__}, an awaitable, and nobody awaits what is returned")
 
 
-def run_in(context: Context, fn: Callable[[Any], Any], payload: Any) -> Any:
-    """Call `fn` in another context than that of the run, as the same attempt."""
-    context.run(_current.set, _current.get())
+def run_in(context: Context, fn: Callable[[Any], Any], payload: Any, tokens: Tokens = ()) -> Any:
+    """Call `fn` in another context than that of the run, as the same attempt; `tokens` cancel it as well."""
+    worker, clock, thread, others = _current.get()
+    context.run(_current.set, (worker, clock, thread, (*others, *tokens)))
     return context.run(fn, payload)
 
 
@@ -238,6 +313,7 @@ async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseExcep
         Whether that was the end, and the error that ended it.
     """
     arrived, prepare = feed.arrived.append, feed.prepare
+    feed.pulled_at = now_fn()  # not when it was handed over
     until = feed.pulled_at + SLOW_PULL
     try:
         iterator = feed.iterator
