@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from .core.lane import Attempt, Lane
 from .core.run import Record
-from .drivers.asyncio import Inbox, TaskCrew, make_inbox
+from .drivers.asyncio import Inbox, TaskCrew
 from .drivers.calls import is_async, run_in
 from .drivers.clock import SYSTEM_CLOCK
 from .drivers.virtual import VirtualClock
@@ -27,7 +27,7 @@ from .manifest import RunManifest
 from .model import CancellationToken, CollectionReport, Event, Query, RunReport, Task, TaskResult
 from .policy import ExecutionPolicy, StopConditions
 from .query import HierarchyFace, Source, items_of
-from .session import INTERRUPT_SECONDS, Reporting, Results, Session, Stage, attach_report, check_run
+from .session import INTERRUPT_SECONDS, Reporting, Results, Session, Stage, attach_report, check_run, check_token
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -55,7 +55,7 @@ async def _abort(session: Session, reason: str) -> asyncio.CancelledError | None
     Returns:
         What cancelled whoever waits here; this goes on until it is done.
     """
-    session.crew.tell(lambda now: session.run.cancel(reason, now, "abandon"))
+    session.cancel_now(reason)
     loop = asyncio.get_running_loop()
     until = loop.time() + INTERRUPT_SECONDS
     cancelled = None
@@ -74,16 +74,18 @@ class AsyncStream(Results[P, V]):
 
     The run begins with the first `__anext__` or with `async with`.  The intake waits for the consumer: inputs taken
     and not yet handed out are at most concurrency + lookahead.  For one task at a time; `cancel` may be called from
-    any thread.  A consumer that is cancelled while it waits here ends the run.
+    any thread.  A consumer that is cancelled while it waits here ends the run.  Leave it by `async with`: else the run
+    goes on, as far as the intake may, until nobody holds the stream any more.
     """
 
     def __init__(self, owner: Reporting, make_session: Callable[..., Session], ordered: bool) -> None:
-        super().__init__(ordered)
-        self._owner = owner
+        self._bell: Inbox[None] = Inbox()
+        super().__init__(owner, ordered, partial(self._bell.put, None))
         self._make_session = make_session
-        self._out: Inbox[Attempt | None] = make_inbox(owner.stage.clock)
         self._session: Session | None = None
-        self._cancelled: str | None = None  # for what, before it began
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_awaited = False
+        self._cancelled: str | None = None  # for what, perhaps before it began
 
     def __aiter__(self) -> Self:
         return self
@@ -91,18 +93,20 @@ class AsyncStream(Results[P, V]):
     async def __anext__(self) -> TaskResult[P, V]:
         if self._over:
             raise StopAsyncIteration
+        if self._is_awaited:
+            raise RuntimeError("two tasks at once wait for the next result: a stream is for one at a time")
         session = self._begun()
         try:
-            attempt = await self._take()
+            attempt = self._shelf.take() or await self._wait()
             if attempt is None:
                 await session.crew.join()
                 session.conclude()
         except BaseException as error:
             await _abort(session, "interrupted")
-            attach_report(error, self._closed(session))
+            attach_report(error, self._close_books(session))
             raise
         if attempt is None:
-            session.raise_if_ended_by_error(self._closed(session))
+            session.raise_if_ended_by_error(self._close_books(session))
             raise StopAsyncIteration
         return self._hand_out(attempt, session)
 
@@ -116,15 +120,17 @@ class AsyncStream(Results[P, V]):
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None and not self._over:
-            session.cancel("closed", "abandon")
+            if self._loop is not None and self._loop.is_closed():  # nobody is left who would do it
+                session.run.cancel("closed", session.clock.now(), "abandon")
+            else:
+                session.cancel("closed", "abandon")
             session.leave()
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Stop the run; what was taken is still handed out, CANCELLED where it was not finished."""
         require_kind("reason", reason, str)
-        if self._session is None:
-            self._cancelled = reason
-        else:
+        self._cancelled = reason  # first, for it may be beginning in another thread
+        if self._session is not None:
             self._session.cancel(reason)
 
     async def aclose(self) -> None:
@@ -136,34 +142,45 @@ class AsyncStream(Results[P, V]):
             session = self._make_session()
             session.run.cancel("closed", session.clock.now())
             session.leave()
-            self._closed(session)
+            self._close_books(session)
         else:
             cancelled = await _abort(session, "closed")
-            report = self._closed(session)
+            report = self._close_books(session)
             if cancelled is not None:
                 attach_report(cancelled, report)
                 raise cancelled
 
     def _begun(self) -> Session:
         if self._session is None:
-            self._session = self._make_session(deliver=self._out.put)
+            self._loop = asyncio.get_running_loop()
+            self._session = self._make_session(deliver=self._deliver())
             if self._cancelled is not None:
                 self._session.cancel(self._cancelled)
             self._session.start()
         return self._session
 
-    async def _take(self) -> Attempt | None:
-        """Return the next attempt to hand out, in order if that was asked for; None after the last."""
-        while (attempt := self._next_in_order()) is None:
-            attempt = await self._out.get()
-            if attempt is None or not self._keep(attempt):
-                break
-        return attempt
+    async def _wait(self) -> Attempt | None:
+        """Return the next attempt to hand out, waiting for it; None after the last."""
+        shelf = self._shelf
+        while True:
+            was_complete = shelf.is_complete  # asked first, as with threads
+            attempt = shelf.take()
+            if attempt is not None or was_complete:
+                return attempt
+            if shelf.is_watched:
+                self._is_awaited = True
+                try:
+                    await self._bell.get()
+                finally:
+                    self._is_awaited = False
+            else:
+                shelf.is_watched = True
 
-    def _closed(self, session: Session) -> RunReport[P, V]:
-        self._close_books(self._owner, session, self._out.take_all())
-        assert self.report is not None
-        return self.report
+    def _make_room(self, lane: Lane, session: Session) -> None:
+        if isinstance(session.clock, VirtualClock):  # in its turn, as with threads
+            super()._make_room(lane, session)
+        else:
+            session.crew.tell(session.run.delivered, lane)
 
 
 class _AsyncFace(Reporting):
@@ -190,6 +207,7 @@ class _AsyncFace(Reporting):
         return report
 
     def _stream(self, inputs: Any, ordered: bool, cancel: CancellationToken | None) -> AsyncStream[Any, Any]:
+        check_token(cancel, self.stage.clock)  # now: the run begins later
         return AsyncStream(self, lambda **fields: self.make_session(self.stage, inputs, cancel, **fields), ordered)
 
 
@@ -265,7 +283,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
 
     async def _call_in_context(self, call: Call) -> V:
         context = call.context.copy()
-        coroutine = run_in(context, self._in_task, call.payload)
+        coroutine = run_in(context, self._in_task, call.payload, call.tokens)
         return await asyncio.get_running_loop().create_task(coroutine, context=context)
 
     async def _in_task(self, payload: P) -> V:
@@ -283,16 +301,19 @@ class _AsyncCalls(Calls):
         """Submit a task and wait for its value."""
         session = self.session
         reply: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
-        call = Call(task.payload, partial(_settle, reply))
+        call = Call(task.payload, partial(_settle, reply), session.clock)
         attempt = Attempt(call, task, lane)
         self.waiting.add(call)
         session.crew.tell(session.run.submitted, attempt)
+        leave = self.withdraw_with(call.outer, attempt)
         try:
             return self.value(None if session.crew.over else await reply)
         except asyncio.CancelledError:
             if call in self.waiting:
-                session.crew.tell(session.run.withdrawn, attempt, "cancelled")
+                session.crew.tell(session.run.withdrawn, attempt, call.reason or "cancelled")
             raise
+        finally:
+            leave()
 
     async def close(self) -> None:
         """End the run."""

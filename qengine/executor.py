@@ -15,12 +15,15 @@ from typing import Any, Generic, Self, TypeVar
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, handful_of
 from .core.steps import Raised
-from .drivers.calls import is_plain_data, refuse_async, run_in
+from .counters import Tally
+from .drivers.calls import current_token, is_plain_data, refuse_async, run_in
+from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse, require_callable, require_kind
+from .forks import restart_after_fork
 from .manifest import RunManifest
-from .model import CancellationToken, Event, RunReport, Task
-from .policy import ExecutionPolicy, StopConditions
+from .model import CancellationToken, Event, RunReport, Task, TaskStatus
+from .policy import ExecutionPolicy, StopConditions, refuse_beyond_budget
 from .session import (
     Face,
     OwnedGate,
@@ -50,6 +53,7 @@ class LaneBook:
         self._owner = owner
         self._stage = stage
         self._call = call
+        self.tally = owner.tally
         self.lanes: dict[Any, Lane] = {}
         self._names: set[str] = set()
 
@@ -93,7 +97,10 @@ class FunctionFace(Reporting, Generic[P, V]):
             refuse_async(name, value, "a plain function: it is called where nothing is awaited")
         refuse_async_predicate("policy.retry.retry_on", policy.retry)
         check_live_limits(policy.limits, stage.clock)
+        if lane_by is None:  # else there may be any number of lanes, and each has that budget
+            refuse_beyond_budget(policy.stop, policy.budget, only_calls_fail=key is None and not policy.limits)
         self.stage = stage
+        self.tally = Tally()
         self._fn = fn
         self.policy = policy
         self._lane_by = lane_by
@@ -122,6 +129,7 @@ class FunctionFace(Reporting, Generic[P, V]):
             data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
             on_event=self._on_event,
             cancel=cancel,
+            tally=self.tally_on(stage),
             **fields,
         )
 
@@ -184,9 +192,15 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         require_callable("fn", fn)
         super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event)
         refuse_async("fn", fn, f"a plain function: an async one needs Async{type(self).__name__}")
-        self._calls: _Calls | None = None
-        self._calls_lock = Lock()
+        self._calls: _Calls | None
+        self.start_afresh()
+        restart_after_fork(self)
         self._calls_book = LaneBook(self, self.stage, self._call_in_context)
+
+    def start_afresh(self) -> None:
+        """Forget the calls that are going on: after a fork they are the parent's."""
+        self._calls = None
+        self._calls_lock = Lock()
 
     def run(
         self, inputs: Iterable[P | Task[P]], cancel: CancellationToken | None = None
@@ -227,23 +241,25 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         """
         task = unnamed(payload)
         lane = self._calls_book.lane(self.lane_key(task.payload))
-        with self._calls_lock:
-            if self._calls is None:
-                self._calls = _Calls(self.stage, self._calls_book, self._on_event)
-            calls = self._calls
-            calls.pending += 1
+        calls: _Calls | None = None
         try:
+            with self._calls_lock:
+                if self._calls is None:
+                    self._calls = _Calls(self.stage, self._calls_book, self._on_event)
+                calls = self._calls
+                calls.pending += 1
             return calls.call(task, lane)  # type: ignore[no-any-return]
         finally:
             with self._calls_lock:  # held until all is over: the next run of calls takes up the same lanes
-                calls.pending -= 1
-                if calls.pending == 0:
-                    self._calls = None
-                    calls.close()
+                if calls is not None:
+                    calls.pending -= 1
+                    if calls.pending == 0:
+                        self._calls = None
+                        calls.close()
 
     def _call_in_context(self, call: Call) -> Any:
         try:
-            return run_in(call.context.copy(), self._fn, call.payload)
+            return run_in(call.context.copy(), self._fn, call.payload, call.tokens)
         except (SystemExit, KeyboardInterrupt) as error:
             raise Exit from error
 
@@ -260,14 +276,22 @@ class Call:
     Args:
         payload: What the function is called with.
         reply: Takes the finished attempt; None if the run ended early.
+        clock: That of the run that makes it.
     """
 
-    __slots__ = ("context", "payload", "reply")
+    __slots__ = ("context", "outer", "payload", "reply", "tokens")
 
-    def __init__(self, payload: Any, reply: Callable[[Attempt | None], object]) -> None:
+    def __init__(self, payload: Any, reply: Callable[[Attempt | None], object], clock: Clock) -> None:
         self.payload = payload
+        self.outer = current_token()  # of the attempt that waits for it
+        self.tokens = () if self.outer is None or self.outer.now_fn != clock.now else (self.outer,)
         self.context = copy_context()  # of this caller, not of the one who came first
         self.reply = reply
+
+    @property
+    def reason(self) -> str | None:
+        """Why the attempt that waits for it was cancelled; None if it was not."""
+        return None if self.outer is None else self.outer.reason
 
 
 class Exit(Exception):
@@ -279,18 +303,40 @@ class Calls:
 
     def __init__(self, stage: Stage, book: LaneBook, on_event: Callable[[Event], object] | None) -> None:
         self.pending = 0
+        book.tally.settle(book.lanes.values())
         for lane in book.lanes.values():
             lane.renew()
         self.waiting: set[Call] = set()
         self.feed = Feed(FeedKind.INPUTS, tuple, lambda item: item, label="calls")
         self.feed.pulling = self.feed.slow = True  # nothing is to be pulled: tasks are submitted
         self.session = Session(
-            stage, [], stop=StopConditions(), feed=self.feed, deliver=self._deliver, on_event=on_event
+            stage,
+            [],
+            stop=StopConditions(),
+            nested=False,  # each call is its own caller's
+            feed=self.feed,
+            deliver=self._deliver,
+            on_event=on_event,
+            tally=book.tally,
         )
-        self.session.start()
+        try:
+            self.session.start()
+        except BaseException as error:  # whoever starts it was interrupted, and nobody would end it
+            self.session.abort_for(error)
+            raise
+
+    def withdraw_with(self, outer: CancellationToken | None, attempt: Attempt) -> Callable[[], None]:
+        """Take a task back when the attempt that waits for it is cancelled; return what ends that."""
+        if outer is None:
+            return lambda: None
+        session = self.session
+        return outer.subscribe(lambda reason: session.crew.post(session.run.withdrawn, attempt, reason))
 
     def value(self, finished: Attempt | None) -> Any:
         """Return what a call came to, or raise that."""
+        interruption = self.session.interruption
+        if interruption is not None and (finished is None or finished.status is TaskStatus.CANCELLED):
+            raise interruption
         if finished is None:
             raise self.session.crew.fault or RuntimeError("the run behind call() ended early")
         result = result_of(finished, self.session.wall_offset)
@@ -315,26 +361,33 @@ class _Calls(Calls):
         """Submit a task and wait for its value."""
         session = self.session
         replies = session.clock.queue()
-        call = Call(task.payload, replies.put)
+        call = Call(task.payload, replies.put, session.clock)
         attempt = Attempt(call, task, lane)
         self.waiting.add(call)
         session.crew.post(session.run.submitted, attempt)
+        leave = self.withdraw_with(call.outer, attempt)
         try:
             return self.value(None if session.crew.over else replies.get())
         except BaseException:
             if call in self.waiting:  # the caller was interrupted
-                session.crew.post(session.run.withdrawn, attempt, "interrupted")
+                session.crew.post(session.run.withdrawn, attempt, call.reason or "interrupted")
             raise
+        finally:
+            leave()
 
     def close(self) -> None:
         """End the run."""
         session = self.session
-        if self.waiting:  # the last caller was interrupted
-            session.abort("interrupted")
-        else:
-            session.crew.post(session.run.closed, self.feed)
-            session.crew.wait()
-            session.join()
+        try:
+            if self.waiting:  # the last caller was interrupted
+                session.abort("interrupted")
+            else:
+                session.crew.post(session.run.closed, self.feed)
+                session.crew.wait()
+                session.join()
+        except BaseException as error:
+            session.abort_for(error)
+            raise
 
 
 def refuse_limits(policy: ExecutionPolicy, scheduler: str) -> None:

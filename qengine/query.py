@@ -17,6 +17,7 @@ from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.run import Record
 from .core.steps import Raised
 from .core.tree import NodeKey, Tree, place_below
+from .counters import Tally
 from .drivers.calls import check_value, refuse_async
 from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
@@ -31,7 +32,7 @@ from .errors import (
     require_positive,
 )
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
-from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits
+from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits, refuse_beyond_budget
 from .quota import Quota
 from .session import (
     Face,
@@ -208,10 +209,13 @@ class HierarchyFace(Reporting):
         for source in sources:
             check_live_limits(source.limits, stage.clock)
         self.stage = stage
+        self.tally = Tally()
         self.sources = tuple(sources)
         self.plan = plan
         self.concurrency = concurrency
         self.stop = require_kind("stop", stop, StopConditions)
+        budgets = [source.budget for source in sources if source.budget is not None]
+        refuse_beyond_budget(stop, sum(budgets) if len(budgets) == len(sources) else None, only_calls_fail=False)
         self.lookahead = lookahead
         self._on_event = on_event
 
@@ -235,7 +239,7 @@ class HierarchyFace(Reporting):
             _, level, path, *rest = attempt.rank
             return (level, path, order[attempt.lane.name], rest)
 
-        return sorted((record for record in records if not isinstance(record, tuple)), key=place)
+        return sorted((record for record in records if isinstance(record, Attempt)), key=place)
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
@@ -255,6 +259,7 @@ class HierarchyFace(Reporting):
             width=self.concurrency,
             on_event=self._on_event,
             cancel=cancel,
+            tally=self.tally_on(stage),
             make_report=CollectionReport,
             **fields,
         )

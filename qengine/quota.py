@@ -162,11 +162,16 @@ class Account:
                 with self._lock:
                     if self._teller is None:
                         self._teller = me
-                while self._teller is me and self._due:
-                    self._tell_one(*self._due.popleft())
+                if self._teller is me:
+                    self._tell_all()
             finally:
                 if self._teller is me:
                     self._teller = None
+
+    def _tell_all(self) -> None:
+        """Tell until nothing is left.  Not in `tell` itself: a loop's jump back is in no `try`, since Python 3.12."""
+        while self._due:
+            self._tell_one(*self._due.popleft())
 
     def _tell_one(self, share: float, used: float, ends_at: float) -> None:
         assert self._on_alert is not None

@@ -6,28 +6,34 @@ Rules: bad arguments are refused before anything has started.  A caller that is 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from queue import Empty
-from threading import Lock
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from threading import Lock, RLock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, Lane
 from .core.limits import LimitSet
 from .core.run import Record, Run
+from .core.shelf import Shelf
 from .core.steps import Raised
 from .core.tree import Tree
-from .drivers.calls import refuse_async, task_of
+from .counters import Counters, Tally
+from .drivers.calls import current_token, enter_run, refuse_async, task_of, tell
 from .drivers.clock import SYSTEM_CLOCK, Clock
 from .drivers.threads import ThreadCrew
 from .drivers.virtual import VirtualClock
 from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kind
+from .events import Teller
 from .forks import restart_after_fork
-from .model import CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
+from .model import DEADLINE, CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
 from .policy import BreakerPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
 from .quota import Account, Quota
 
@@ -93,6 +99,18 @@ def check_live_limits(limits: Iterable[Limit], clock: Clock) -> None:
     for limit in limits if isinstance(clock, VirtualClock) else ():
         if isinstance(limit, LiveLimit) and limit.as_limit_set().now_fn != clock.now:
             refuse("limits", limit, "a RateLimiter made with now_fn=clock.now, where there is a VirtualClock")
+
+
+def check_token(cancel: CancellationToken | None, clock: Clock) -> None:
+    """Refuse a token by another clock than that of the run: its deadline would be no instant of it."""
+    if cancel is not None and cancel.now_fn is not None and not (cancel.now_fn == clock.now or _is_real(cancel, clock)):
+        allowed = "the clock of the run, as in CancellationToken(timeout=..., now_fn=clock.now)"
+        refuse("the clock of cancel", cancel.now_fn, allowed if isinstance(clock, VirtualClock) else "time.monotonic")
+
+
+def _is_real(token: CancellationToken, clock: Clock) -> bool:
+    """Say whether both go by the system's clock, though another may stand in for it: a test has frozen the time."""
+    return clock is SYSTEM_CLOCK and token.now_fn is time.monotonic
 
 
 class OwnedGate(Gate):
@@ -165,23 +183,29 @@ class Session:
         deliver: Callable[[Attempt | None], object] | None = None,
         on_event: Callable[[Event], object] | None = None,
         cancel: CancellationToken | None = None,
+        nested: bool = True,
+        tally: Tally | None = None,
         make_report: Callable[..., RunReport[Any, Any]] = RunReport,
     ) -> None:
         clock = stage.clock
+        check_token(cancel, clock)
         now = clock.now()
         self.started_at = clock.wall_time()
         self.wall_offset = self.started_at - now
         self.tree = tree
         self.clock = clock
-        self._events: deque[Event] = deque()
-        self._on_event = on_event
-        self._telling = Lock()
-        self._on_event_failed = False
+        self._teller = Teller(on_event, self._interrupted, logs=tally is not None)
+        self.interruption: KeyboardInterrupt | None = None
         accounts = dict.fromkeys(lane.quota for lane in lanes if isinstance(lane.quota, Account))
         self._accounts = [account for account in accounts if account.has_alerts]
         self._make_report = make_report
-        self._cancel = cancel
-        self._unsubscribe: Callable[[], None] = lambda: None
+        self._aborted: str | None = None
+        self._tally = tally
+        self.token = CancellationToken(now_fn=clock.now)
+        self._parents = [parent for parent in (cancel, current_token() if nested else None) if parent is not None]
+        self._leaving: list[Callable[[], None]] = []
+        context = copy_context()  # the crew's: what it runs is cancelled with this run
+        context.run(enter_run, self.token, clock)
         self.run = Run(
             lanes,
             now,
@@ -193,28 +217,76 @@ class Session:
             rng=clock.rng(),
             records=records,
             completed=None if deliver is None else deque(),
-            emit=None if on_event is None else self._events.append,
+            emit=self._teller.emit,
+            note=self._teller.note,
         )
-        self.crew = stage.make_crew(
+        self.crew = context.run(
+            stage.make_crew,
             self.run,
             clock,
             deliver=deliver,
-            after_pump=None if on_event is None and not self._accounts else self._tell,
+            after_pump=self._tell if self._teller.has_listeners or self._accounts else None,
         )
         clock.enter(self)
+        restart_after_fork(self)
+
+    def start_afresh(self) -> None:
+        """Leave the run to the parent."""
+        self.crew.leave_to_parent()
 
     def start(self) -> None:
         """Begin."""
-        if self._cancel is not None:
-            self._unsubscribe = self._cancel.subscribe(self.cancel)
-        self.crew.start()
+        for parent in self._parents:
+            self._follow(parent)
+        self._leaving += [self.token.subscribe(self._stop), self.token.watch(self._set_alarm)]
+        self._set_alarm()
+        if self._tally is not None:
+            self._tally.enter(self.crew)
+        try:
+            self.crew.start()
+        except BaseException:
+            if self._tally is not None:
+                self._tally.settle(unbegun=self.crew)
+            raise
 
     def cancel(self, reason: str, in_flight: str | None = None) -> None:
-        """Stop the run, from any thread."""
-        self.crew.post(lambda now: self.run.cancel(reason, now, in_flight))
+        """Stop the run, from any thread; what runs is told at once, though it may be drained."""
+        self._cancel_by(self.crew.post, reason, in_flight)
+
+    def cancel_now(self, reason: str) -> None:
+        """Stop it and give up what runs, under asyncio, from a task of the loop."""
+        self._cancel_by(self.crew.tell, reason, "abandon")
+
+    def _cancel_by(self, say: Callable[..., object], reason: str, in_flight: str | None) -> None:
+        reason = self.run.stop_reason or self.token.reason or reason
+        if in_flight is not None:
+            say(lambda now: self.run.cancel(reason, now, in_flight))
+        self.token.cancel(reason)
+
+    def _follow(self, parent: CancellationToken) -> None:
+        """Have the run cancelled with a token, be it one of another clock: of what the run is nested in."""
+        if parent.now_fn is None or parent.now_fn == self.clock.now:
+            self.token.link(parent)
+            return
+        if _is_real(parent, self.clock) and 0 < parent.remaining() < math.inf:
+            self.token.link(CancellationToken(timeout=parent.remaining(), now_fn=self.clock.now))
+        self._leaving.append(parent.subscribe(self.token.cancel))
+
+    def _stop(self, reason: str) -> None:
+        self.crew.post(self.run.cancel, reason)
+
+    def _set_alarm(self) -> None:
+        """Have the run stopped at its deadline; an alarm for a later one then finds nothing to do."""
+        if self.token.due_at < math.inf:
+            self.crew.post(self.run.alarm_at, self.token.due_at, self._ring)
+
+    def _ring(self, now: float) -> None:
+        self.run.cancel(DEADLINE, now)
+        self.crew.untold.append(partial(tell, self.token, DEADLINE))
 
     def abort(self, reason: str) -> None:
         """Stop it and wait for the end, but not for what runs."""
+        self._aborted = reason
         self.cancel(reason, "abandon")
         self.crew.wait(INTERRUPT_SECONDS)
         self.leave()
@@ -241,13 +313,18 @@ class Session:
         self._tell()
 
     def leave(self) -> None:
-        """Let go of the cancellation token and the clock."""
-        self._unsubscribe()
+        """Let go of the cancellation tokens and the clock; what was counted is added up."""
+        with suppress(IndexError):  # another thread is at it, too
+            while self._leaving:
+                self._leaving.pop()()
+        self.token.unlink()
         self.clock.leave(self)
+        if self._tally is not None:
+            self._tally.settle()
 
     def raise_if_ended_by_error(self, report: RunReport[Any, Any]) -> None:
-        """Raise what ended the run: the inputs' exception, or a task's SystemExit; with the report."""
-        error = self.run.fatal or self.run.input_error
+        """Raise what ended the run: the inputs' exception, a task's SystemExit, a Ctrl-C; with the report."""
+        error = self.run.fatal or self.interruption or self.run.input_error
         if error is not None:
             attach_report(error, report)
             raise error
@@ -255,12 +332,13 @@ class Session:
     def report(self, results: Callable[[], Sequence[TaskResult[Any, Any]]]) -> RunReport[Any, Any]:
         """Return the report."""
         run = self.run
+        cut_short = None if self.crew.over else self._aborted  # it had no time to end, or had not even begun
         extra = {} if self.tree is None else {"active_nodes": [key.node for key in self.tree.active]}
         return self._make_report(
             results=results,
             by_source={lane.name: lane.report(run.begun_at) for lane in run.lanes},
-            stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else None),
-            intake_cut=run.intake_cut,
+            stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else cut_short),
+            intake_cut=run.intake_cut or cut_short is not None,
             abandoned=run.abandoned,
             makespan=run.makespan,
             started_at=self.started_at,
@@ -274,27 +352,20 @@ class Session:
         return lambda: list(_make_results(records, names, wall_offset))
 
     def _tell(self) -> None:
-        """Hand the events on, one at a time and in order; a listener that raises is reported once."""
-        while self._events and self._telling.acquire(False):
-            try:
-                while self._events:
-                    self._tell_one(self._events.popleft())
-            finally:
-                self._telling.release()
+        """Tell the listeners what there is to tell."""
+        self._teller.tell()
         for account in self._accounts:
             try:
                 account.tell()
-            except BaseException:  # as above
+            except KeyboardInterrupt as error:
+                self._interrupted(error)
+            except BaseException:  # whatever it is: a worker that dies of it would take its task with it
                 _log.exception("on_alert raised; the run goes on")
 
-    def _tell_one(self, event: Event) -> None:
-        assert self._on_event is not None
-        try:
-            self._on_event(event)
-        except BaseException:  # whatever it is: a worker that dies of it would take its task with it
-            if not self._on_event_failed:
-                self._on_event_failed = True
-                _log.exception("on_event raised; the run goes on, and this is not reported again")
+    def _interrupted(self, error: KeyboardInterrupt) -> None:
+        """End the run for a KeyboardInterrupt that came up in a listener: it is for the caller."""
+        self.interruption = error
+        self.cancel("KeyboardInterrupt", "abandon")
 
 
 def _make_results(
@@ -313,7 +384,7 @@ def _make_results(
                 started_at=started_at + wall_offset,
                 duration=duration,
             )
-        elif record is not None and record.status is not None:
+        elif record is not None:
             yield result_of(record, wall_offset)
 
 
@@ -330,56 +401,70 @@ def attach_report(error: BaseException, report: RunReport[Any, Any]) -> None:
 class Results(Generic[P, V]):
     """What streams share: which result is handed out next, and the report of what was not handed out."""
 
-    def __init__(self, ordered: bool) -> None:
-        self._waiting: dict[int, Attempt] | None = {} if ordered else None
-        self._next_index = 0
+    def __init__(self, owner: Reporting, ordered: bool, ring: Callable[[], object]) -> None:
+        self._owner = owner
+        self._shelf = Shelf(ordered, ring)
+        self._asked: set[Lane] = set()  # lanes whose intake is about to go on
+        self._left: list[Attempt] = []
         self._over = False
+        self._closing = RLock()  # reentrant, for a signal handler may close it as well
         self.report: RunReport[P, V] | None = None
         """The report: after the end, after it was closed, and after an exception."""
 
-    def _next_in_order(self) -> Attempt | None:
-        """Return the next attempt of an ordered stream if it has come."""
-        if self._waiting is None or self._next_index not in self._waiting:
-            return None
-        self._next_index += 1
-        return self._waiting.pop(self._next_index - 1)
-
-    def _keep(self, attempt: Attempt) -> bool:
-        """Keep an attempt until it is its turn; return False if it is, because the stream is not ordered."""
-        if self._waiting is None:
-            return False
-        self._waiting[attempt.index] = attempt
-        return True
+    def _deliver(self) -> Callable[[Attempt | None], object]:
+        """Return what puts results on the shelf: on virtual time, when it is their turn."""
+        put, clock = self._shelf.put, self._owner.stage.clock
+        return (lambda attempt: clock.soon(partial(put, attempt))) if isinstance(clock, VirtualClock) else put
 
     def _hand_out(self, attempt: Attempt, session: Session) -> TaskResult[P, V]:
         """Return the result of an attempt, and count it as handed out."""
         lane = attempt.lane
         lane.delivered += 1
         if lane.delivered >= lane.resume_at:
-            session.crew.post(session.run.delivered, lane)
+            self._make_room(lane, session)
         return result_of(attempt, session.wall_offset)
 
-    def _close_books(self, owner: Reporting, session: Session, left: Iterable[Attempt | None]) -> None:
+    def _make_room(self, lane: Lane, session: Session) -> None:
+        """Have the intake of a lane go on."""
+        if lane not in self._asked:  # once is enough: each time somebody has to be woken
+            self._asked.add(lane)
+            session.crew.post(_room_made, self._asked, session.run, lane)
+
+    def _close_books(self, session: Session) -> RunReport[P, V]:
         """Make the report, with the results that were not handed out."""
-        self._over = True
-        kept = [*(self._waiting or {}).values(), *(attempt for attempt in left if attempt is not None)]
-        kept.sort(key=lambda attempt: attempt.index)
-        self.report = owner.last_report = session.report(session.results(kept))
+        with self._closing:
+            if not self._over:
+                self._shelf.empty_into(self._left)
+                self._left.sort(key=lambda attempt: attempt.index)
+                self.report = self._owner.last_report = session.report(session.results(self._left))
+                self._over = True
+        assert self.report is not None
+        return self.report
+
+
+def _room_made(asked: set[Lane], run: Run, lane: Lane, now: float) -> None:
+    asked.discard(lane)  # first: who hands out more from now on asks again
+    run.delivered(lane, now)
 
 
 class Stream(Results[P, V]):
     """The results of a run, one by one: an iterator and a context manager.
 
     The intake waits for the consumer: inputs taken and not yet handed out are at most concurrency + lookahead.  For
-    one thread at a time; `cancel` and `close` may be called from any.
+    one thread at a time, not always the same; `cancel` and `close` may be called from any, and end a wait in another.
+    Leave it by `with`: else the run goes on, as far as the intake may, until nobody holds the stream any more.
     """
 
     def __init__(self, owner: Face, make_session: Callable[..., Session], ordered: bool) -> None:
-        super().__init__(ordered)
-        self._owner = owner
-        self._out = owner.stage.clock.queue()
-        self._session = make_session(deliver=self._out.put)
-        self._guard(self._session.start)
+        clock = owner.stage.clock
+        self._bell = clock.queue()
+        super().__init__(owner, ordered, partial(clock.hand, self._bell, None))
+        self._session = make_session(deliver=self._deliver())
+        try:
+            self._session.start()
+        except BaseException as error:
+            self._interrupted(error)
+            raise
 
     def __iter__(self) -> Self:
         return self
@@ -387,13 +472,18 @@ class Stream(Results[P, V]):
     def __next__(self) -> TaskResult[P, V]:
         if self._over:
             raise StopIteration
-        attempt = self._guard(self._take)
-        if attempt is None:
-            self._end()
-            assert self.report is not None
-            self._session.raise_if_ended_by_error(self.report)
-            raise StopIteration
-        return self._hand_out(attempt, self._session)
+        attempt = None
+        try:
+            attempt = self._shelf.take() or self._wait()
+            if attempt is not None:
+                return self._hand_out(attempt, self._session)
+        except BaseException as error:
+            if attempt is not None:
+                self._left.append(attempt)
+            self._interrupted(error)
+            raise
+        self._session.raise_if_ended_by_error(self._end())
+        raise StopIteration
 
     def __enter__(self) -> Self:
         return self
@@ -417,34 +507,31 @@ class Stream(Results[P, V]):
             self._session.abort("closed")
             self._end()
 
-    def _take(self) -> Attempt | None:
-        """Return the next attempt to hand out, in order if that was asked for; None after the last."""
-        while (attempt := self._next_in_order()) is None:
-            attempt = self._out.get()
-            if attempt is None or not self._keep(attempt):
-                break
-        return attempt
-
-    def _guard(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except BaseException as error:
-            self._session.abort_for(error)
-            self._end()
-            assert self.report is not None
-            attach_report(error, self.report)
-            raise
-
-    def _end(self) -> None:
-        if self._session.crew.over:
-            self._session.join()
-        left = []
+    def _wait(self) -> Attempt | None:
+        """Return the next attempt to hand out, waiting for it; None after the last."""
+        shelf = self._shelf
         while True:
-            try:
-                left.append(self._out.get_nowait())
-            except Empty:
-                break
-        self._close_books(self._owner, self._session, left)
+            was_complete = shelf.is_complete  # asked first, lest something came in between
+            attempt = shelf.take()
+            if attempt is not None or was_complete:
+                return attempt
+            if shelf.is_watched:
+                self._bell.get()
+            else:
+                shelf.is_watched = True
+
+    def _interrupted(self, error: BaseException) -> None:
+        """End the run because of what interrupted the consumer."""
+        self._session.abort_for(error)
+        attach_report(error, self._end())
+
+    def _end(self) -> RunReport[P, V]:
+        try:
+            if self._session.crew.over:
+                self._session.join()
+        finally:
+            report = self._close_books(self._session)
+        return report
 
 
 class Reporting:
@@ -455,6 +542,8 @@ class Reporting:
 
     stage: Stage
     """Where its runs take place."""
+    tally: Tally
+    """What its runs have counted."""
     others: Callable[[], int] | None = None
     """Gives the number of other threads, where often there is none."""
     input_kinds: tuple[type, ...] = (Iterable,)
@@ -463,6 +552,17 @@ class Reporting:
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
         raise NotImplementedError
+
+    def counters(self) -> Counters:
+        """Return a snapshot of what all runs so far have counted, those in progress and calls by `call` included.
+
+        At any time, from any thread, also in a signal handler; a counter never goes back.
+        """
+        return self.tally.counters()
+
+    def tally_on(self, stage: Stage) -> Tally | None:
+        """Return what counts a run on a stage: a prediction is none of the executor's runs."""
+        return self.tally if stage is self.stage else None
 
     def shape(self, value: Any) -> Any:
         """Return what a value comes to that was not fetched but made up."""
@@ -502,4 +602,4 @@ class Face(Reporting):
         return run_blocking(self, self.stage, inputs, cancel)
 
     def _stream(self, inputs: Any, ordered: bool, cancel: CancellationToken | None) -> Stream[Any, Any]:
-        return Stream(self, functools.partial(self.make_session, self.stage, inputs, cancel), ordered)
+        return Stream(self, partial(self.make_session, self.stage, inputs, cancel), ordered)

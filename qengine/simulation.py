@@ -19,7 +19,7 @@ from .drivers.simulation import SimulatedCrew
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_duration, require_kind
 from .executor import FunctionFace
-from .model import CollectionReport, Query, RunReport, Task
+from .model import CancellationToken, CollectionReport, Query, RunReport, Task
 from .query import HierarchyFace
 from .quota import Account, Quota
 from .session import Reporting, Stage, check_run, run_blocking
@@ -39,6 +39,7 @@ def simulate(
     latency: float | Callable[[CurrentAttempt], float],
     outcome: Callable[[CurrentAttempt], Any] | None = None,
     seed: int = 0,
+    cancel: CancellationToken | None = None,
 ) -> CollectionReport[Any]: ...
 
 
@@ -50,6 +51,7 @@ def simulate(
     latency: float | Callable[[CurrentAttempt], float],
     outcome: Callable[[CurrentAttempt], Any] | None = None,
     seed: int = 0,
+    cancel: CancellationToken | None = None,
 ) -> RunReport[P, V]: ...
 
 
@@ -60,6 +62,7 @@ def simulate(
     latency: float | Callable[[CurrentAttempt], float],
     outcome: Callable[[CurrentAttempt], Any] | None = None,
     seed: int = 0,
+    cancel: CancellationToken | None = None,
 ) -> RunReport[Any, Any]:
     """Predict what `executor.run(inputs)` would come to, in virtual time, calling nothing but its plan.
 
@@ -72,6 +75,8 @@ def simulate(
         outcome: Called with the attempt when it is over: returns its value, or raises its error.  None: every task
             succeeds, and every query finds one item.
         seed: Seeds the jitter of backoffs.
+        cancel: Stops it when it is cancelled.  One with a deadline is refused, for that is no instant of the time that
+            is simulated: what a deadline would do is predicted with `StopConditions(timeout=...)`.
 
     Returns:
         The report; its instants are seconds from the start.  The events go to the executor's `on_event`.
@@ -88,7 +93,7 @@ def simulate(
     if not isinstance(executor, Reporting):
         refuse_type("executor", executor, "an executor, such as a TaskScheduler or a QueryExecutor")
     require_kind("seed", seed, int)
-    check_run("inputs", inputs, None, executor.input_kinds)
+    check_run("inputs", inputs, cancel, executor.input_kinds)
     optional(require_callable, "outcome", outcome)
     for name, fn in (("latency", latency), ("outcome", outcome)):
         refuse_async(name, fn, "a plain function: nothing is awaited in a simulation")
@@ -102,7 +107,7 @@ def simulate(
     stage = _Prediction(
         clock, executor.stage, latency_of, lambda attempt: executor.shape(come_to(attempt))
     )
-    return run_blocking(executor, stage, inputs, None)
+    return run_blocking(executor, stage, inputs, cancel)
 
 
 def _found(attempt: CurrentAttempt) -> Any:

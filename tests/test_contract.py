@@ -835,7 +835,7 @@ def test_a_listener_that_raises_harms_no_run_and_is_reported_once(
 
     report = world.run_with(world.scheduler(echo, ExecutionPolicy(timeout=5.0), on_event=listener), range(20))
     assert report.success_count == 20
-    assert len([record for record in caplog.records if record.name == "qengine.session"]) == 1
+    assert len([record for record in caplog.records if record.name == "qengine.events"]) == 1
 
 
 # ---- 14: state has an owner ------------------------------------------------------------------------------------------
