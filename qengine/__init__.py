@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from .breaker import BreakerState, CircuitBreaker
+from .counters import Counters, SourceCounters
 from .drivers.calls import current_attempt
 from .drivers.handover import in_thread
 from .errors import (
@@ -81,6 +82,7 @@ __all__ = [
     "CircuitBreaker",
     "CollectionReport",
     "ConcurrentExecutor",
+    "Counters",
     "Event",
     "ExecutionPolicy",
     "KeyedRateLimiter",
@@ -99,6 +101,7 @@ __all__ = [
     "RunManifest",
     "RunReport",
     "Source",
+    "SourceCounters",
     "SourceReport",
     "StopConditions",
     "Stream",

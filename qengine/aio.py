@@ -114,8 +114,9 @@ class AsyncStream(Results[P, V]):
         self._begun()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self.aclose()
+        self._attach_to(error)
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
@@ -268,8 +269,10 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
         book = self._books.get(loop)
         if book is None:
             book = self._books[loop] = LaneBook(self, self.stage, self._call_in_context)
-        lane = book.lane(self.lane_key(task.payload))
         calls = self._calls.get(loop)
+        if calls is None:
+            book.forget_idle()
+        lane = book.lane(self.lane_key(task.payload))
         if calls is None:
             calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event)
         calls.pending += 1

@@ -20,10 +20,9 @@ from .core.lane import Lane
 from .core.quota import Allowance
 from .errors import refuse, require_kind
 from .forks import restart_after_fork
-from .model import SourceReport
+from .model import OTHERS, SourceReport
 
 MAX_SOURCES = 1000
-OTHERS = "(others)"
 
 Counts = dict[tuple[str, str], float]
 """What is counted of one source: by the name of the counter, and the reason or unit where it has several."""
@@ -167,7 +166,7 @@ _HELP = {
     "failures_total": "Tasks that failed, raised or timed out.",
     "cancelled_total": "Tasks taken, but not finished when their run stopped.",
     "skipped_total": "Tasks never tried, by reason.",
-    "retries_total": "Calls made again after a failure.",
+    "retries_total": "Retries decided on; a stop may come before the call.",
     "throttled_total": "Calls that were told to slow down.",
     "busy_seconds_total": "Seconds spent in calls that are over.",
     "usage_total": "What calls that are over have used, by unit.",
@@ -220,6 +219,18 @@ def seen(lane: Lane) -> SourceReport:
         for unit, used in lane.used_by(1).items():
             report.usage[unit] = report.usage.get(unit, 0.0) + used * alike
     return report
+
+
+def _seen_of(crews: Iterable[Any]) -> Iterator[SourceReport]:
+    """Give what the lanes of some runs have counted, and the lanes that they have forgotten."""
+    for crew in crews:
+        while True:  # lanes that are forgotten in between are to be seen once: the core replaces both
+            lanes, others = crew.run.lanes, crew.run.others
+            if crew.run.lanes is lanes and crew.run.others is others:
+                break
+        yield from map(seen, tuple(lanes))
+        if others is not None:
+            yield others
 
 
 _NUMBERS = ("calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "busy_seconds")
@@ -316,7 +327,7 @@ class Tally:
                 return state
             ended = [lane for crew in over for lane in tuple(crew.run.lanes)]
             totals, shared = state.totals, dict(state.shared)
-            _add(totals, map(seen, ended))
+            _add(totals, _seen_of(over))
             for lane in ended:
                 if lane.name in totals and (lane.gate.breaker is not None or lane.quota is not None):
                     shared[lane.name] = lane.gate, lane.quota
@@ -334,7 +345,7 @@ class Tally:
 
         def looked(state: _State) -> _State:
             totals = state.totals
-            _add(totals, (seen(lane) for crew in state.live for lane in tuple(crew.run.lanes)))
+            _add(totals, _seen_of(state.live))
             return state._replace(shown=_raised(totals, state.shown))
 
         state = self._change(looked)

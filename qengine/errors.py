@@ -69,13 +69,13 @@ class BreakerOpenError(QEngineError):
 
 
 class Single:
-    """What there is once: a copy of it would grant the same things again."""
+    """What there is once: a copy of it would grant the same things again, or be told of nothing."""
 
     __slots__ = ()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: a copy would grant the same again; "
+            f"{type(self).__name__} cannot be copied or pickled, for a copy would be another one: "
             "hand on the object itself, and in another process make a new one"
         )
 

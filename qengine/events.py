@@ -1,10 +1,10 @@
 """Events: who is told what happens in a run.
 
 Rules: listeners are told one event at a time and in order, by whichever thread happens to have nothing better to do,
-never under the core's lock.  What a listener raises harms no run and is logged once; only a KeyboardInterrupt is the
-user's own, wherever it comes up: it ends the run and is for the caller.  The log gets what is rare, and only at a level
-that was enabled when the run began: stops and breakers that opened at INFO, retries, throttling, timeouts and late
-answers at DEBUG.  No event carries a payload, a value or an error's text, so the log does not either.
+never under the core's lock.  What a listener raises harms no run and is logged once in it; only a KeyboardInterrupt is
+the user's own, wherever it comes up: it ends the run and is for the caller. The log gets what is rare, and only at a
+level that was enabled when the run began: stops and breakers that opened at INFO, retries, throttling, timeouts and
+late answers at DEBUG. No event carries a payload, a value or an error's text, so the log does not either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .model import Event
 
 _log = logging.getLogger(__name__)
 
-_RAISED = "%s raised; the run goes on, and this is not reported again"
+_RAISED = "%s raised; the run goes on, and this run reports it no more"
 
 LEVELS = {
     "stop": logging.INFO,

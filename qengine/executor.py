@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from dataclasses import replace
+from itertools import count
 from threading import Lock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
-from .core.lane import Attempt, Feed, FeedKind, Lane, handful_of
+from .core.lane import LANES_KEPT, Attempt, Feed, FeedKind, Lane, handful_of
 from .core.steps import Raised
 from .counters import Tally
 from .drivers.calls import current_token, is_plain_data, refuse_async, run_in
@@ -22,7 +23,7 @@ from .drivers.virtual import VirtualClock
 from .errors import optional, refuse, require_callable, require_kind
 from .forks import restart_after_fork
 from .manifest import RunManifest
-from .model import CancellationToken, Event, RunReport, Task, TaskStatus
+from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
 from .policy import ExecutionPolicy, StopConditions, refuse_beyond_budget
 from .session import (
     Face,
@@ -46,6 +47,45 @@ V = TypeVar("V")
 _ONE_LANE = "default"
 
 
+class KeyedGates(dict[Any, Gate]):
+    """The gates of an executor, by the key of their lanes.
+
+    Where there are many, those are forgotten that are as if they were new and that no lane has.  Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Forget the lanes: after a fork they are the parent's."""
+        self._lanes: dict[Gate, dict[Lane, None]] = {}
+        self._forget_at = LANES_KEPT
+
+    def lend(self, key: Any, lane: Lane, now: float) -> bool:
+        """Note that a lane has the gate of a key; return False if that was forgotten in the same instant."""
+        self._lanes.setdefault(lane.gate, {})[lane] = None
+        if len(self) >= self._forget_at:
+            self._forget_unused(now)
+        if self.get(key) is lane.gate:
+            return True
+        self._lanes.pop(lane.gate, None)
+        return False
+
+    def give_back(self, lane: Lane) -> None:
+        """Note that a lane is no more."""
+        self._lanes.get(lane.gate, {}).pop(lane, None)
+
+    def _forget_unused(self, now: float) -> None:
+        for key, gate in [*self.items()]:
+            if not self._lanes.get(gate) and gate.is_as_new(now):
+                self.pop(key, None)
+                if self._lanes.get(gate):  # somebody took it up in the same instant
+                    self.setdefault(key, gate)
+                else:
+                    self._lanes.pop(gate, None)
+        self._forget_at = max(LANES_KEPT, 2 * len(self))
+
+
 class LaneBook:
     """The lanes of one run, made when their key first comes up."""
 
@@ -55,22 +95,61 @@ class LaneBook:
         self._call = call
         self.tally = owner.tally
         self.lanes: dict[Any, Lane] = {}
-        self._names: set[str] = set()
+        self._names: dict[str, Lane | None] = {OTHERS: None}
+        self._clean_at = self._forget_at = LANES_KEPT
 
     def lane(self, key: Any) -> Lane:
         """Return the lane of a key."""
         lane = self.lanes.get(key)
+        if lane is not None and lane.forgotten:
+            self._drop(key, lane)
+            lane = None
         if lane is None:
-            lane = self.lanes.setdefault(key, self._owner.make_lane(self._stage, key, self._name(key), self._call))
+            if len(self.lanes) >= self._clean_at:
+                self._clean()
+            made = self._owner.make_lane(self._stage, key, str(key), self._call)
+            lane = self.lanes.setdefault(key, made)
+            if lane is made:
+                self._tell_apart(key, lane)
+            else:  # another caller was quicker
+                self._owner.gates.give_back(made)
         return lane
 
-    def _name(self, key: Any) -> str:
-        """Return what a lane is called in reports: its key, told from others that read the same."""
-        name = str(key)
-        if name in self._names:
-            name = f"{key!r} ({type(key).__name__})"
-        self._names.add(name)
-        return name
+    def _clean(self) -> None:
+        """Let go of the lanes that the run has forgotten."""
+        for key, lane in [*self.lanes.items()]:
+            if lane.forgotten:
+                self._drop(key, lane)
+        self._clean_at = max(LANES_KEPT, 2 * len(self.lanes))
+
+    def _drop(self, key: Any, lane: Lane) -> None:
+        self.lanes.pop(key, None)
+        self._names.pop(lane.name, None)
+        self._owner.gates.give_back(lane)
+
+    def forget_idle(self) -> None:
+        """Forget the lanes that are as if they were new, where there are many and no run has them."""
+        if len(self.lanes) >= self._forget_at:
+            now, left = self._stage.clock.now(), 0
+            for lane in [*self.lanes.values()]:
+                lane.forgotten = lane.is_as_new(now)
+                left += not lane.forgotten
+            self._forget_at = 2 * max(LANES_KEPT, left)
+            self._clean_at = LANES_KEPT
+
+    def release(self) -> None:
+        """Give back what the lanes have of their owner, when their run is over."""
+        for lane in [*self.lanes.values()]:
+            self._owner.gates.give_back(lane)
+
+    def _tell_apart(self, key: Any, lane: Lane) -> None:
+        """Have a lane called in reports by its key, told from others that read the same."""
+        if self._names.setdefault(lane.name, lane) is not lane:
+            name = told = f"{key!r} ({type(key).__name__})"
+            numbers = count(2)
+            while self._names.setdefault(name, lane) is not lane:
+                name = f"{told} {next(numbers)}"
+            lane.name = lane.stats.name = name
 
 
 class FunctionFace(Reporting, Generic[P, V]):
@@ -107,7 +186,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         self._key = key
         self._on_event = on_event
         self._retries_timeouts = timeout_verdict(policy.retry)
-        self._gates: dict[Any, Gate] = {}
+        self.gates = KeyedGates()
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
@@ -130,6 +209,7 @@ class FunctionFace(Reporting, Generic[P, V]):
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
+            on_leave=book.release,
             **fields,
         )
 
@@ -139,15 +219,18 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def _preparer(self, book: LaneBook) -> Callable[[Any], Any]:
         """Return what makes an attempt of an input, or a pair of its lane and a bare payload; user code runs in it."""
-        lane_by, key = self._lane_by, self._key
+        lane_by, key = self.lane_key if self._lane_by is None else self._lane_by, self._key
         find, known = book.lane, book.lanes.get
 
         def prepare(item: Any) -> Any:
-            task = item if isinstance(item, Task) else None
-            payload = item if task is None else task.payload
+            task, payload = None, item
+            if isinstance(item, Task):
+                task, payload = item, item.payload
             try:
-                lane_key = _ONE_LANE if lane_by is None else lane_by(payload)
-                lane = known(lane_key) or find(lane_key)
+                lane_key = lane_by(payload)
+                lane = known(lane_key)
+                if lane is None or lane.forgotten:
+                    lane = find(lane_key)
                 if key is not None:
                     task = replace(task or Task(payload), key=key(payload))
             except Exception as error:  # the item is bad, not the run
@@ -160,10 +243,21 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def make_lane(self, stage: Stage, key: Any, name: str, call: Callable[[Any], Any]) -> Lane:
         """Make the lane of a key in one run."""
+        while True:
+            gate = stage.gate(
+                self.gates,
+                key,
+                lambda clock: OwnedGate(self.policy.limits, self.policy.breaker, clock, self.others),
+            )
+            lane = self._lane_behind(gate, name, call)
+            if stage is not self.stage or self.gates.lend(key, lane, stage.clock.now()):
+                return lane
+
+    def _lane_behind(self, gate: Gate, name: str, call: Callable[[Any], Any]) -> Lane:
         policy = self.policy
         return Lane(
             name,
-            stage.gate(self._gates, key, lambda clock: OwnedGate(policy.limits, policy.breaker, clock, self.others)),
+            gate,
             call,
             concurrency=policy.concurrency,
             lookahead=policy.lookahead,
@@ -195,12 +289,13 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         self._calls: _Calls | None
         self.start_afresh()
         restart_after_fork(self)
-        self._calls_book = LaneBook(self, self.stage, self._call_in_context)
 
     def start_afresh(self) -> None:
         """Forget the calls that are going on: after a fork they are the parent's."""
         self._calls = None
         self._calls_lock = Lock()
+        self._calls_book = LaneBook(self, self.stage, self._call_in_context)
+        self.gates.start_afresh()
 
     def run(
         self, inputs: Iterable[P | Task[P]], cancel: CancellationToken | None = None
@@ -240,22 +335,34 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
             The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
         """
         task = unnamed(payload)
-        lane = self._calls_book.lane(self.lane_key(task.payload))
+        key = self.lane_key(task.payload)
         calls: _Calls | None = None
         try:
-            with self._calls_lock:
-                if self._calls is None:
-                    self._calls = _Calls(self.stage, self._calls_book, self._on_event)
-                calls = self._calls
-                calls.pending += 1
+            while calls is None:
+                lane = self._calls_book.lane(key)
+                with self._calls_lock:
+                    lane.callers += 1
+                    if lane.forgotten:  # in the same instant; from now on it is not
+                        lane.callers -= 1
+                        continue
+                    if self._calls is None or self._calls.session.crew.over:
+                        self._calls = _Calls(self.stage, self._calls_book, self._on_event)
+                    calls = self._calls
+                    calls.pending += 1
             return calls.call(task, lane)  # type: ignore[no-any-return]
         finally:
-            with self._calls_lock:  # held until all is over: the next run of calls takes up the same lanes
-                if calls is not None:
+            if calls is not None:
+                with self._calls_lock:  # held until all is over: the next run of calls takes up the same lanes
+                    lane.callers -= 1
                     calls.pending -= 1
-                    if calls.pending == 0:
-                        self._calls = None
-                        calls.close()
+                    is_last = calls.pending == 0
+                    if is_last:
+                        if self._calls is calls:
+                            self._calls = None
+                        calls.finish()
+                        self._calls_book.forget_idle()
+                if is_last:
+                    calls.join()
 
     def _call_in_context(self, call: Call) -> Any:
         try:
@@ -303,8 +410,8 @@ class Calls:
 
     def __init__(self, stage: Stage, book: LaneBook, on_event: Callable[[Event], object] | None) -> None:
         self.pending = 0
-        book.tally.settle(book.lanes.values())
-        for lane in book.lanes.values():
+        book.tally.settle([*book.lanes.values()])
+        for lane in [*book.lanes.values()]:
             lane.renew()
         self.waiting: set[Call] = set()
         self.feed = Feed(FeedKind.INPUTS, tuple, lambda item: item, label="calls")
@@ -350,7 +457,7 @@ class Calls:
             self.waiting.discard(attempt.payload)
             attempt.payload.reply(attempt)
             return
-        for call in self.waiting:
+        for call in tuple(self.waiting):
             call.reply(None)
 
 
@@ -375,8 +482,8 @@ class _Calls(Calls):
         finally:
             leave()
 
-    def close(self) -> None:
-        """End the run."""
+    def finish(self) -> None:
+        """Have the run end, and wait for that; no code of the user's is waited for."""
         session = self.session
         try:
             if self.waiting:  # the last caller was interrupted
@@ -384,10 +491,14 @@ class _Calls(Calls):
             else:
                 session.crew.post(session.run.closed, self.feed)
                 session.crew.wait()
-                session.join()
         except BaseException as error:
             session.abort_for(error)
             raise
+
+    def join(self) -> None:
+        """Wait for its threads, which may still tell a listener."""
+        if not self.waiting:
+            self.session.join()
 
 
 def refuse_limits(policy: ExecutionPolicy, scheduler: str) -> None:
@@ -433,7 +544,10 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
     Args:
         fn: Called with each payload, in worker threads.
         policy: See ExecutionPolicy.
-        lane_by: Gives the lane of a payload: each has limits, concurrency, a budget and a breaker of its own.
+        lane_by: Gives the lane of a payload, by any hashable key: each has limits, concurrency, a budget and a breaker
+            of its own, and worker threads for its concurrency, where its calls take time.  Of more than 1,000 lanes
+            those are forgotten that are as if they were new; `by_source["(others)"]` is what they did.  Not more than
+            a few thousand have something to do at once: the intake waits for them.
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.

@@ -65,8 +65,13 @@ class RateLimit:
     @property
     def rate(self) -> float:
         """Units per second."""
-        given: dict[str, float | None] = {name: getattr(self, name) for name in _SECONDS}
-        return next(value / _SECONDS[name] for name, value in given.items() if value is not None)
+        if self.per_second is not None:
+            return self.per_second / _SECONDS["per_second"]
+        if self.per_minute is not None:
+            return self.per_minute / _SECONDS["per_minute"]
+        if self.per_hour is not None:
+            return self.per_hour / _SECONDS["per_hour"]
+        return self.per_day / _SECONDS["per_day"]  # type: ignore[operator]  # exactly one is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,7 @@ class StopConditions:
     Args:
         max_failures: Stop at this many failed tasks (FAILED, ERROR or TIMEOUT).
         failure_rate: Stop when this share of the outcomes, in (0, 1], are failures ...
-        min_outcomes: ... once there are this many outcomes.
+        min_outcomes: ... once there are this many outcomes; without a failure_rate it says nothing.
         timeout: Seconds for the run.
         max_results: Stop at this many successes; what was running then may add more.
         in_flight: "drain" lets what is running finish, "abandon" gives it up at once.

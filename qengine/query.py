@@ -7,18 +7,21 @@ source.  There is no barrier between levels, and no source waits for another.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
+from .core.place import ROOTS, level_of, place_below
 from .core.run import Record
 from .core.steps import Raised
-from .core.tree import NodeKey, Tree, place_below
+from .core.tree import Found, NodeKey, Tree, place_of
 from .counters import Tally
-from .drivers.calls import check_value, refuse_async
+from .drivers.calls import check_value, is_plain_data, refuse_async
 from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
 from .errors import (
@@ -31,7 +34,7 @@ from .errors import (
     require_kind,
     require_positive,
 )
-from .model import CancellationToken, CollectionReport, Event, Query, QueryResult
+from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
 from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits, refuse_beyond_budget
 from .quota import Quota
 from .session import (
@@ -64,6 +67,8 @@ def items_of(name: str, value: Any) -> list[Any]:
 
 def opened(name: str, value: Any) -> Iterable[Any]:
     """Return what a method of a plan gave, to be iterated over as it is needed; None means nothing."""
+    if is_plain_data(value):
+        return value  # type: ignore[no-any-return]
     if value is None:
         return ()
     check_value(value)
@@ -231,15 +236,9 @@ class HierarchyFace(Reporting):
         """Return what a value comes to that was not fetched but made up."""
         return items_of("outcome", value)
 
-    def in_order(self, records: list[Record]) -> list[Record]:
+    def in_order(self, records: list[Record]) -> Iterable[Record]:
         """Return what is kept of a run's queries by level, then root, then child."""
-        order = {source.name: position for position, source in enumerate(self.sources)}
-
-        def place(attempt: Any) -> Any:
-            _, level, path, *rest = attempt.rank
-            return (level, path, order[attempt.lane.name], rest)
-
-        return sorted((record for record in records if isinstance(record, Attempt)), key=place)
+        return _InOrder(records, [source.name for source in self.sources])
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
@@ -248,7 +247,7 @@ class HierarchyFace(Reporting):
             for source in self.sources
         ]
         feeds = _Feeds(self, lanes)
-        roots = Feed(FeedKind.NODES, lambda: inputs, feeds.node_of((), lanes[0]), label="roots")
+        roots = Feed(FeedKind.NODES, lambda: inputs, feeds.root_of(lanes[0]), label="roots")
         has_following = callable(getattr(self.plan, "following", None))
         tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
         return Session(
@@ -341,6 +340,27 @@ class QueryExecutor(Face, HierarchyFace):
         return opened(name, value)
 
 
+class _InOrder:
+    """What is kept of a run's queries, put in order when it is looked at."""
+
+    def __init__(self, records: list[Record], names: Sequence[str]) -> None:
+        self._records = records
+        self._order = {name: position for position, name in enumerate(names)}
+
+    def __iter__(self) -> Iterator[Record]:
+        kept = [record for record in self._records if isinstance(record, (Attempt, Found))]
+        return iter(sorted(kept, key=self._place))
+
+    def _place(self, record: Attempt | Found) -> Rank:
+        """Return where a result stands; those of one place stay in the order in which they were asked."""
+        source = self._order[record.lane.name]
+        if isinstance(record, Found):
+            return (*record.key.place, source, record.number)
+        assert record.rank is not None
+        _, below, child, number, *_ = record.rank
+        return (below, child, source, number)
+
+
 class _Feeds:
     """Makes the feeds of a tree: closures over the user's plan, which only a worker calls."""
 
@@ -354,84 +374,103 @@ class _Feeds:
         """Return the key of a node, the same for equal ones; runs the node's own hash and comparison."""
         return self._keys.setdefault(node, NodeKey(node))
 
-    def queries(self, key: NodeKey, lane: Lane, rank: Rank) -> Feed:
-        source = self._sources[id(lane)]
+    def queries(self, key: NodeKey, lane: Lane, rest: deque[Any]) -> Feed:
         return Feed(
             FeedKind.QUERIES,
-            lambda: self._opened("plan.queries", self._plan.queries(key.node, source)),
-            self._query_of(key.node, lane, rank[0]),
+            self._open_queries,
+            self._query_of,
             label="plan.queries",
             lane=lane,
             node=key,
-            rank=rank,
+            rank=key.place,
+            rest=rest,
         )
 
     def children(self, attempt: Attempt) -> Feed:
-        query: Any = attempt.task
-        assert attempt.rank is not None
-        rank = attempt.rank[1:3]
         return Feed(
             FeedKind.NODES,
-            lambda: self._opened("plan.children", self._plan.children(query.node, result_of(attempt, 0.0))),
-            self.node_of(rank, attempt.lane, query.node),
+            partial(self._open_children, attempt),
+            self._node_of,
             label="plan.children",
             lane=attempt.lane,
             node=attempt.node,
-            rank=rank,
+            rank=place_of(attempt),
         )
 
     def following(self, attempt: Attempt) -> Feed:
-        query: Any = attempt.task
         assert attempt.rank is not None
         return Feed(
             FeedKind.QUERIES,
-            lambda: self._opened("plan.following", self._plan.following(query, result_of(attempt, 0.0))),
-            self._query_of(query.node, attempt.lane, query.level),
+            partial(self._open_following, attempt),
+            self._query_of,
             label="plan.following",
             lane=attempt.lane,
             node=attempt.node,
             rank=attempt.rank[1:4],
         )
 
-    def node_of(self, rank: Rank, lane: Lane, parent: Any = None) -> Callable[[Any], Any]:
-        """Return what prepares a node: its hash is asked for here, outside the core."""
-        level, _ = place_below(rank)
+    def root_of(self, lane: Lane) -> Callable[[Any], NodeKey | Attempt]:
+        """Return what prepares a root; one that is none becomes a result of that lane."""
+        return lambda item: self._key_or_bad(item, (), lane)
 
-        def prepare(item: Any) -> NodeKey | Attempt:
-            if isinstance(item, Raised):  # what plan.children raised
-                return _bad_query(parent, level - 1, lane, item)
-            try:
-                return self.key_of(item)
-            except Exception as error:  # not hashable: the item is bad, not the run
-                return _bad_query(item, level, lane, Raised(error))
+    def _open_queries(self, feed: Feed) -> Any:
+        return self._opened("plan.queries", self._plan.queries(feed.node.node, self._source_of(feed)))
 
-        return prepare
+    def _open_children(self, attempt: Attempt, feed: Feed) -> Any:
+        query: Any = attempt.task
+        return self._opened("plan.children", self._plan.children(query.node, result_of(attempt, 0.0)))
 
-    def _query_of(self, node: Any, lane: Lane, level: int) -> Callable[[Any], Any]:
-        """Return what prepares a query: names its node, level and source, and asks whether the source takes it."""
-        accepts = self._sources[id(lane)].accepts
+    def _open_following(self, attempt: Attempt, feed: Feed) -> Any:
+        return self._opened("plan.following", self._plan.following(attempt.task, result_of(attempt, 0.0)))
 
-        def prepare(item: Any) -> Any:
-            if isinstance(item, Raised):  # what plan.queries or plan.following raised
-                return _bad_query(node, level, lane, item)
-            if isinstance(item, Query):
-                query = replace(item, node=node if item.node is None else item.node, level=level, source=lane.name)
+    def _source_of(self, feed: Feed) -> Source:
+        return self._sources[id(feed.lane)]
+
+    def _node_of(self, feed: Feed, item: Any) -> NodeKey | Attempt:
+        """Prepare a node."""
+        assert feed.lane is not None
+        if isinstance(item, Raised):  # what plan.children raised
+            return _bad_query(feed.node.node, feed.rank, feed.lane, item)
+        return self._key_or_bad(item, feed.rank, feed.lane)
+
+    def _key_or_bad(self, item: Any, parent: Rank, lane: Lane) -> NodeKey | Attempt:
+        """Return the key of a node: its hash is asked for here, outside the core."""
+        try:
+            return self.key_of(item)
+        except Exception as error:  # not hashable: the item is bad, not the run
+            return _bad_query(item, place_below(parent) if parent else ROOTS, lane, Raised(error))
+
+    def _query_of(self, feed: Feed, item: Any) -> Any:
+        """Prepare a query: name its node, level and source, and ask whether the source takes it."""
+        lane, key = feed.lane, feed.node
+        assert lane is not None
+        below, child, number = (key.below, key.child, feed.taken + 1) if feed.rest is not None else feed.rank
+        if isinstance(item, Raised):  # what plan.queries or plan.following raised
+            return _bad_query(key.node, (below, child), lane, item)
+        feed.taken += 1
+        source = self._source_of(feed)
+        if isinstance(item, Query):
+            node = key.node if item.node is None else item.node
+            query = replace(item, node=node, level=level_of(below), source=lane.name)
+        else:
+            query = bare_query(item, key.node, level_of(below), lane.name)
+        attempt = Attempt(query, query, lane)
+        attempt.rank = (query.priority, below, child, number)
+        try:
+            if query.node is key.node:
+                attempt.node = key
+                attempt.is_plain = query.payload is item and key.below is below and key.child == child
             else:
-                query = Query(item, node=node, level=level, source=lane.name)
-            attempt = Attempt(query, query, lane)
-            try:
                 attempt.node = self.key_of(query.node)
-                if accepts is not None:
-                    accepted: Any = accepts(query)
-                    if hasattr(type(accepted), "__await__"):
-                        return _accepted(attempt, accepted)
-                    if not accepted:
-                        attempt.reason = "unsupported"
-            except Exception as error:  # the query is bad, not the run
-                attempt.outcome = Raised(error)
-            return attempt
-
-        return prepare
+            if source.accepts is not None:
+                accepted: Any = source.accepts(query)
+                if hasattr(type(accepted), "__await__"):
+                    return _accepted(attempt, accepted)
+                if not accepted:
+                    attempt.reason = "unsupported"
+        except Exception as error:  # the query is bad, not the run
+            attempt.outcome = Raised(error)
+        return attempt
 
 
 async def _accepted(attempt: Attempt, accepted: Awaitable[bool]) -> Attempt:
@@ -444,9 +483,11 @@ async def _accepted(attempt: Attempt, accepted: Awaitable[bool]) -> Attempt:
     return attempt
 
 
-def _bad_query(node: Any, level: int, lane: Lane, raised: Raised) -> Attempt:
+def _bad_query(node: Any, place: Rank, lane: Lane, raised: Raised) -> Attempt:
     """Return what becomes the result of a node that could not be asked about."""
-    query: Query[Any] = Query(None, node=node, level=level, source=lane.name)
+    below, child = place[:2]
+    query: Query[Any] = Query(None, node=node, level=level_of(below), source=lane.name)
     attempt = Attempt(query, query, lane)
+    attempt.rank = (0, below, child, 0)
     attempt.outcome = raised
     return attempt

@@ -21,10 +21,11 @@ from typing import Any, Generic, Self, TypeVar
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, Lane
 from .core.limits import LimitSet
+from .core.place import level_of
 from .core.run import Record, Run
 from .core.shelf import Shelf
 from .core.steps import Raised
-from .core.tree import Tree
+from .core.tree import Found, Tree
 from .counters import Counters, Tally
 from .drivers.calls import current_token, enter_run, refuse_async, task_of, tell
 from .drivers.clock import SYSTEM_CLOCK, Clock
@@ -33,8 +34,18 @@ from .drivers.virtual import VirtualClock
 from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kind
 from .events import Teller
 from .forks import restart_after_fork
-from .model import DEADLINE, CancellationToken, Event, Query, QueryResult, RunReport, Task, TaskResult, TaskStatus
-from .policy import BreakerPolicy, Limit, LiveLimit, RetryPolicy, StopConditions
+from .model import (
+    DEADLINE,
+    CancellationToken,
+    Event,
+    RunReport,
+    TaskResult,
+    TaskStatus,
+    bare_query,
+    bare_task,
+    made_result,
+)
+from .policy import BreakerPolicy, Limit, LiveLimit, RateLimit, RetryPolicy, StopConditions, Window
 from .quota import Account, Quota
 
 P = TypeVar("P")
@@ -123,11 +134,11 @@ class OwnedGate(Gate):
         clock: Clock,
         others: Callable[[], int] | None = None,
     ) -> None:
-        declared = [limit for limit in limits if not isinstance(limit, LiveLimit)]
+        declared = [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
         self._clock = clock
         self._own = [LimitSet(declared, clock.now(), Lock(), others=others)] if declared else []
-        live = [limit.as_limit_set() for limit in limits if isinstance(limit, LiveLimit)]
-        super().__init__([*self._own, *live], breaker, Lock())
+        live = [limit.as_limit_set() for limit in limits if not isinstance(limit, (RateLimit, Window))]
+        super().__init__([*self._own, *live], breaker, Lock(), live)
         restart_after_fork(self)
 
     def start_afresh(self) -> None:
@@ -152,17 +163,17 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
     raised = type(outcome) is Raised
     started = attempt.number > 0
     assert attempt.status is not None
-    return (QueryResult if isinstance(task, Query) else TaskResult)(
-        task=task,
-        status=attempt.status,
-        value=None if raised else outcome,
-        error=outcome.error if raised else None,
-        reason=attempt.reason,
-        attempts=attempt.number,
-        usage=attempt.usage,
-        source=attempt.lane.name,
-        started_at=attempt.started_at + wall_offset if started else None,
-        duration=attempt.duration if started else 0.0,
+    return made_result(
+        task,
+        attempt.status,
+        None if raised else outcome,
+        outcome.error if raised else None,
+        attempt.reason,
+        attempt.number,
+        attempt.usage,
+        attempt.lane.name,
+        attempt.started_at + wall_offset if started else None,
+        attempt.duration if started else 0.0,
     )
 
 
@@ -185,6 +196,7 @@ class Session:
         cancel: CancellationToken | None = None,
         nested: bool = True,
         tally: Tally | None = None,
+        on_leave: Callable[[], None] = lambda: None,
         make_report: Callable[..., RunReport[Any, Any]] = RunReport,
     ) -> None:
         clock = stage.clock
@@ -203,7 +215,7 @@ class Session:
         self._tally = tally
         self.token = CancellationToken(now_fn=clock.now)
         self._parents = [parent for parent in (cancel, current_token() if nested else None) if parent is not None]
-        self._leaving: list[Callable[[], None]] = []
+        self._leaving: list[Callable[[], None]] = [on_leave]
         context = copy_context()  # the crew's: what it runs is cancelled with this run
         context.run(enter_run, self.token, clock)
         self.run = Run(
@@ -336,7 +348,7 @@ class Session:
         extra = {} if self.tree is None else {"active_nodes": [key.node for key in self.tree.active]}
         return self._make_report(
             results=results,
-            by_source={lane.name: lane.report(run.begun_at) for lane in run.lanes},
+            by_source={report.name: report for report in run.reports()},
             stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else cut_short),
             intake_cut=run.intake_cut or cut_short is not None,
             abandoned=run.abandoned,
@@ -348,8 +360,8 @@ class Session:
 
     def results(self, records: Iterable[Record]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
         """Return what makes the results of some tasks, when they are looked at."""
-        names, wall_offset = [lane.name for lane in self.run.lanes], self.wall_offset
-        return lambda: list(_make_results(records, names, wall_offset))
+        wall_offset = self.wall_offset
+        return lambda: list(_make_results(records, wall_offset))
 
     def _tell(self) -> None:
         """Tell the listeners what there is to tell."""
@@ -368,24 +380,35 @@ class Session:
         self.cancel("KeyboardInterrupt", "abandon")
 
 
-def _make_results(
-    records: Iterable[Record], names: Sequence[str], wall_offset: float
-) -> Iterator[TaskResult[Any, Any]]:
+def _make_results(records: Iterable[Record], wall_offset: float) -> Iterator[TaskResult[Any, Any]]:
     for record in records:
-        if isinstance(record, tuple):
-            payload, value, lane, started_at, duration = record
-            yield TaskResult(
-                Task(payload),
-                TaskStatus.SUCCEEDED,
-                value,
-                attempts=1,
-                usage={"calls": 1.0},  # a bare payload, not a query: no source has a price on it
-                source=names[lane],
-                started_at=started_at + wall_offset,
-                duration=duration,
+        if isinstance(record, Found):
+            yield _query_result(record, wall_offset)
+        elif isinstance(record, tuple):
+            payload, value, source, started_at, duration = record
+            # A bare payload, not a query: no source has a price on it.
+            usage, at = {"calls": 1.0}, started_at + wall_offset
+            yield made_result(
+                bare_task(payload), TaskStatus.SUCCEEDED, value, None, None, 1, usage, source, at, duration
             )
         elif record is not None:
             yield result_of(record, wall_offset)
+
+
+def _query_result(found: Found, wall_offset: float) -> TaskResult[Any, Any]:
+    key, lane = found.key, found.lane
+    return made_result(
+        bare_query(found.payload, key.node, level_of(key.place[0]), lane.name),
+        TaskStatus.SUCCEEDED,
+        found.value,
+        None,
+        None,
+        1,
+        {**lane.used_by(1), "calls": 1.0},
+        lane.name,
+        found.started_at + wall_offset,
+        found.ended_at - found.started_at,
+    )
 
 
 def attach_report(error: BaseException, report: RunReport[Any, Any]) -> None:
@@ -402,6 +425,7 @@ class Results(Generic[P, V]):
     """What streams share: which result is handed out next, and the report of what was not handed out."""
 
     def __init__(self, owner: Reporting, ordered: bool, ring: Callable[[], object]) -> None:
+        require_kind("ordered", ordered, bool)
         self._owner = owner
         self._shelf = Shelf(ordered, ring)
         self._asked: set[Lane] = set()  # lanes whose intake is about to go on
@@ -422,6 +446,11 @@ class Results(Generic[P, V]):
         lane.delivered += 1
         if lane.delivered >= lane.resume_at:
             self._make_room(lane, session)
+        run = session.run
+        if run.crowd:
+            run.crowd -= 1
+            if run.crowd == 0:
+                session.crew.post(run.thinned)
         return result_of(attempt, session.wall_offset)
 
     def _make_room(self, lane: Lane, session: Session) -> None:
@@ -429,6 +458,11 @@ class Results(Generic[P, V]):
         if lane not in self._asked:  # once is enough: each time somebody has to be woken
             self._asked.add(lane)
             session.crew.post(_room_made, self._asked, session.run, lane)
+
+    def _attach_to(self, error: BaseException | None) -> None:
+        """Give the report to what interrupted the consumer in its own code: it is the interrupt of a caller."""
+        if error is not None and not isinstance(error, Exception) and self.report is not None:
+            attach_report(error, self.report)
 
     def _close_books(self, session: Session) -> RunReport[P, V]:
         """Make the report, with the results that were not handed out."""
@@ -472,14 +506,16 @@ class Stream(Results[P, V]):
     def __next__(self) -> TaskResult[P, V]:
         if self._over:
             raise StopIteration
-        attempt = None
+        is_taking = False
         try:
+            self._shelf.handing = None
+            is_taking = True
             attempt = self._shelf.take() or self._wait()
             if attempt is not None:
                 return self._hand_out(attempt, self._session)
         except BaseException as error:
-            if attempt is not None:
-                self._left.append(attempt)
+            if is_taking:  # else what is noted there was handed out before
+                self._shelf.saved(self._left)
             self._interrupted(error)
             raise
         self._session.raise_if_ended_by_error(self._end())
@@ -488,8 +524,9 @@ class Stream(Results[P, V]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
+        self._attach_to(error)
 
     def __del__(self) -> None:
         if not getattr(self, "_over", True) and hasattr(self, "_session"):
@@ -568,7 +605,7 @@ class Reporting:
         """Return what a value comes to that was not fetched but made up."""
         return value
 
-    def in_order(self, records: list[Record]) -> list[Record]:
+    def in_order(self, records: list[Record]) -> Iterable[Record]:
         """Return what is kept of a run's tasks in the order in which they are reported."""
         return records
 

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, TypeVar, overload
 
 from .core.gate import Gate
+from .core.lane import Attempt
 from .core.limits import LimitSet
 from .drivers.calls import CurrentAttempt, refuse_async
 from .drivers.clock import Clock
@@ -97,20 +98,15 @@ def simulate(
     optional(require_callable, "outcome", outcome)
     for name, fn in (("latency", latency), ("outcome", outcome)):
         refuse_async(name, fn, "a plain function: nothing is awaited in a simulation")
-    if callable(latency):
-        latency_of = latency
-    else:
-        seconds = require_duration("latency", latency)
-        latency_of = lambda attempt: seconds  # noqa: E731
-    come_to = _found if outcome is None else outcome
+    if not callable(latency):
+        latency = require_duration("latency", latency)
+    shaped = None if outcome is None else lambda attempt: executor.shape(outcome(attempt))
     clock = VirtualClock(seed=seed)
-    stage = _Prediction(
-        clock, executor.stage, latency_of, lambda attempt: executor.shape(come_to(attempt))
-    )
+    stage = _Prediction(clock, executor.stage, latency, shaped)
     return run_blocking(executor, stage, inputs, cancel)
 
 
-def _found(attempt: CurrentAttempt) -> Any:
+def _found(attempt: Attempt) -> Any:
     return [ITEM] if isinstance(attempt.task, Query) else None
 
 
@@ -121,10 +117,10 @@ class _Prediction(Stage):
         self,
         clock: VirtualClock,
         real: Stage,
-        latency: Callable[[CurrentAttempt], float],
-        outcome: Callable[[CurrentAttempt], Any],
+        latency: float | Callable[[CurrentAttempt], float],
+        outcome: Callable[[CurrentAttempt], Any] | None,
     ) -> None:
-        super().__init__(clock, partial(SimulatedCrew, latency=latency, outcome=outcome))
+        super().__init__(clock, partial(SimulatedCrew, latency=latency, outcome=outcome, default=_found))
         self._real = real.clock
         self._begun_at = self._real.now()
         self._start = clock.now()

@@ -532,7 +532,7 @@ def test_a_probe_taken_back_lets_those_ask_again_who_waited_for_it() -> None:
     woken: list[str] = []
     assert gate.admit("probe", 1, 10.0) <= 10.0
     assert gate.admit("of another run", 1, 10.0) == float("inf")
-    gate.watch(lambda: woken.append("again"))
+    gate.watch("another run", lambda: woken.append("again"))
     gate.retract("probe", 1)
     assert woken == ["again"]
     assert gate.admit("of another run", 1, 10.0) <= 10.0

@@ -43,6 +43,7 @@ from qengine import (
 from qengine.core.gate import Gate
 from qengine.core.lane import Lane
 from qengine.counters import MAX_SOURCES, OTHERS, Counters, SourceCounters, Tally
+from qengine.model import SourceReport
 from qengine.testing import VirtualClock
 
 COUNTED = (
@@ -330,6 +331,7 @@ class FakeRun:
         self.lanes = [
             Lane(name, Gate((), None, threading.Lock()), abs, retry=RetryPolicy()) for name in names
         ]
+        self.others: SourceReport | None = None
         self.crew = SimpleNamespace(run=self, over=False)
 
 

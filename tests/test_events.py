@@ -150,7 +150,7 @@ def test_a_listener_that_raises_is_told_on_and_logged_once_a_run(
     for runs in (1, 2):
         assert world.run_with(scheduler, range(20)).all_succeeded
         assert len(told) == runs * 20 * 3
-        assert logged(caplog) == ["on_event raised; the run goes on, and this is not reported again"] * runs
+        assert logged(caplog) == ["on_event raised; the run goes on, and this run reports it no more"] * runs
     assert {record.exc_info[0] for record in caplog.records if record.exc_info} == {kind}
 
 
@@ -416,7 +416,7 @@ def test_the_log_has_what_is_rare_and_neither_payload_nor_secret(
     assert "sesame" not in caplog.text
     if level == "DEBUG":
         assert {"retry", "throttled", "timeout"} <= {event.kind for event in wanted}
-        assert "throttled: default, task 2, attempt 0: 0.01" in logged(caplog)
+        assert "throttled: default, task 2, attempt 1: 0.01" in logged(caplog)
     assert "stop: max_failures" in logged(caplog)
     assert {record.levelno for record in caplog.records if record.name == LOGGER} == {
         LEVELS[event.kind] for event in wanted
@@ -459,4 +459,4 @@ def test_a_log_handler_that_raises_harms_no_run_and_no_listener(caplog: pytest.L
         logging.getLogger(LOGGER).removeFilter(broken)
     assert (report.success_count, report.stop_reason) == (1, "max_failures")
     assert "stop" in {event.kind for event in events}
-    assert refused == ["stop: max_failures", "logging raised; the run goes on, and this is not reported again"]
+    assert refused == ["stop: max_failures", "logging raised; the run goes on, and this run reports it no more"]

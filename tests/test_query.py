@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from qengine import (
     TaskScheduler,
     TaskStatus,
     TransientError,
+    simulate,
 )
 
 
@@ -380,3 +382,24 @@ def test_a_node_that_cannot_be_compared_is_a_result_and_not_the_end_of_the_run()
 def test_a_string_is_not_taken_for_many_roots(roots: Any) -> None:
     with pytest.raises(TypeError, match="roots is"):
         QueryExecutor([Source("x", echo)], Digits()).run(roots)
+
+
+def test_what_is_kept_of_a_large_tree_is_little() -> None:
+    class Numbered:
+        def queries(self, node: int, source: Source) -> Iterable[int]:
+            return (node,)
+
+        def children(self, node: int, result: QueryResult[Any]) -> Iterable[int]:
+            return range(min(10 * node + 1, 3000), min(10 * node + 11, 3000))
+
+    executor = QueryExecutor([Source("numbers", lambda query: [], concurrency=8)], Numbered())
+    simulate(executor, [0], latency=0.1)
+    tracemalloc.start()
+    try:
+        report = simulate(executor, [0], latency=0.1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 500 * 3000
+    places = [(result.task.level, result.task.node) for result in report.results if isinstance(result.task, Query)]
+    assert places == sorted(places) and len(places) == 3000 and report.active_nodes == list(range(3000))

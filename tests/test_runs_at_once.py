@@ -28,10 +28,12 @@ from qengine import (
     ExecutionPolicy,
     RateLimit,
     RateLimiter,
+    RetryPolicy,
     RunReport,
     StopConditions,
     TaskScheduler,
     Window,
+    current_attempt,
     in_thread,
 )
 
@@ -417,3 +419,75 @@ def test_a_cancellation_at_any_step_loses_nothing(how: str, in_threads_too: bool
 
     assert asyncio.run(main()) > 10
     assert gone(known)
+
+
+# ---- single calls ----------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_is_tried_again_after_a_time_out_has_one_result_though_its_caller_is_gone() -> None:
+    again, release = threading.Event(), threading.Event()
+
+    def task(payload: int) -> int:
+        if current_attempt().number > 1:
+            again.set()
+        release.wait(10.0)
+        return payload
+
+    retry = RetryPolicy(max_attempts=9, backoff=0.0, retry_on=lambda error: True)
+    policy = ExecutionPolicy(timeout=0.05, max_abandoned=20, retry=retry)
+    inner: TaskScheduler[int, int] = TaskScheduler(task, policy)
+
+    def outer(payload: int) -> int:
+        return inner.call(payload)
+
+    report = ConcurrentExecutor(outer, ExecutionPolicy(timeout=0.12)).run([1])
+    assert report.failure_count == 1 and again.wait(10.0)
+    quick: TaskScheduler[int, int] = TaskScheduler(abs, ExecutionPolicy())
+    assert quick.call(-1) == 1
+    while inner.counters().active_runs:
+        threading.Event().wait(0.01)
+    release.set()
+    (found,) = inner.counters().by_source.values()
+    assert (found.cancelled_count, found.success_count, found.failure_count) == (1, 0, 0)
+
+
+def test_what_a_retry_policy_raises_ends_the_run_and_kills_no_worker() -> None:
+    def leave(error: BaseException) -> bool:
+        if isinstance(error, ValueError):
+            raise SystemExit(3)
+        return True
+
+    def fail(payload: int) -> None:
+        raise ValueError(payload)
+
+    executor = ConcurrentExecutor(fail, ExecutionPolicy(retry=RetryPolicy(max_attempts=2, retry_on=leave)))
+    with pytest.raises(SystemExit):
+        executor.run(range(3))
+
+
+def test_a_listener_may_call_the_executor_that_is_telling_it() -> None:
+    asked: list[int] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "result" and len(asked) < 3:
+            asked.append(executor.call(7))
+
+    executor: ConcurrentExecutor[int, int] = ConcurrentExecutor(abs, on_event=listen)
+    assert [executor.call(-number) for number in range(9)] == [*range(9)]
+    assert asked == [7, 7, 7]
+
+
+def test_many_threads_may_call_by_new_keys_at_once() -> None:
+    executor: TaskScheduler[int, int] = TaskScheduler(abs, ExecutionPolicy(), lane_by=lambda number: number // 2)
+    results: list[int] = []
+
+    def call() -> None:
+        results.extend(executor.call(number) for number in range(40))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == sorted([*range(40)] * 4)
+    assert set(executor.counters().by_source) == {str(key) for key in range(20)}

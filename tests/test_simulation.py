@@ -401,7 +401,7 @@ def test_it_starts_from_a_pause_that_a_source_asked_for() -> None:
     scheduler.run([1])
     assert clock.now() == 10.0
     other = TaskScheduler(never, ExecutionPolicy(concurrency=1), clock=clock)
-    other._gates.update(scheduler._gates)       # another policy of the same source: one that waits as long as it takes
+    other.gates.update(scheduler.gates)       # another policy of the same source: one that waits as long as it takes
     assert simulate(other, [1], latency=1.0).results[0].started_at == 90.0
 
 

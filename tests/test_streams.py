@@ -837,3 +837,36 @@ def test_a_kept_record_is_small(stress_count: Callable[[int], int]) -> None:
         tracemalloc.stop()
     assert report.success_count == len(inputs)
     assert size / len(inputs) <= 250
+
+
+def test_what_interrupts_the_consumer_in_its_own_code_has_the_report() -> None:
+    def consume() -> None:
+        with results:
+            next(results)
+            raise KeyboardInterrupt
+
+    results = ConcurrentExecutor(abs).stream(range(100))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        consume()
+    assert caught.value.report is results.report and results.report is not None  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        async def task(number: int) -> int:
+            return number
+
+        async with qengine.AsyncConcurrentExecutor(task).stream(range(100)) as results:
+            async for _ in results:
+                await asyncio.sleep(10)
+
+    async def cancelled() -> None:
+        consumer = asyncio.create_task(main())
+        await asyncio.sleep(0.02)
+        consumer.cancel()
+        await consumer
+
+    with pytest.raises(asyncio.CancelledError) as given_up:
+        asyncio.run(cancelled())
+    error: BaseException | None = given_up.value
+    while error is not None and not hasattr(error, "report"):
+        error = error.__context__
+    assert error is not None

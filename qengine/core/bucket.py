@@ -33,8 +33,9 @@ class TokenBucket:
     def __init__(self, limit: RateLimit) -> None:
         self.unit = limit.unit
         self.most = limit.burst
-        self.interval = 1.0 / limit.rate
-        self.span = limit.burst / limit.rate
+        rate = limit.rate
+        self.interval = 1.0 / rate
+        self.span = limit.burst / rate
 
     def initial(self, now: float, tokens: float | None = None) -> float:
         """Return the state of a bucket with so many tokens; None for a full one."""

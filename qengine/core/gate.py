@@ -8,7 +8,7 @@ for an instant is told when that may have come nearer, because a call used less 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from ..model import Amount
 from ..policy import BreakerPolicy
@@ -62,6 +62,7 @@ class Gate:
     """
 
     __slots__ = (
+        "_lent",
         "_limit_sets",
         "_lock",
         "_paused_until",
@@ -83,8 +84,10 @@ class Gate:
         limit_sets: Sequence[LimitSet],
         breaker: BreakerPolicy | None,
         lock: Lock,
+        lent: Iterable[LimitSet] = (),
     ) -> None:
         self._limit_sets = tuple(limit_sets)
+        self._lent = frozenset(lent)
         only = self._limit_sets[0] if len(self._limit_sets) == 1 else None
         self._take = self._take_all if only is None else only.try_take
         self.take_call = self._take_one_of_all if only is None else only.take_call
@@ -96,7 +99,7 @@ class Gate:
     def renew(self, lock: Lock) -> None:
         """Be as new but for the limits, which are others' to renew; with a new lock."""
         self._lock = lock
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: dict[object, Callable[[], object]] = {}
         self._waiting: dict[object, Callable[[], object]] = {}
         self._reliefs = [Relief(limits, self._waiting) for limits in self._limit_sets]
         self._paused_until = -math.inf
@@ -146,6 +149,16 @@ class Gate:
             if ready_at <= now and (ready_at := self._take(amount, now, CATCH_UP, True)) <= now:
                 breaker.admitted(attempt)
             return ready_at
+
+    def is_as_new(self, now: float) -> bool:
+        """Say whether another gate in its place would say the same from here on."""
+        return (
+            self._paused_until <= now
+            and not self._watchers
+            and not self._waiting
+            and (self.breaker is None or (self.breaker.state is CLOSED and self.breaker.spotless))
+            and all(limits.is_as_new(now) for limits in self._limit_sets if limits not in self._lent)
+        )
 
     def is_calm(self, now: float) -> bool:
         """Say whether, as long as `calm` stays the same object, a success changes nothing and only limits are asked."""
@@ -241,16 +254,20 @@ class Gate:
             self.calm = object()
             return was_closed
 
-    def watch(self, wake: Callable[[], object]) -> None:
-        """Have `wake` called after the next outcome that may free a place."""
-        self._watchers.append(wake)
+    def watch(self, who: object, wake: Callable[[], object]) -> None:
+        """Have `wake` called for `who` after the next outcome that may free a place."""
+        self._watchers[who] = wake
         self.calm = object()
         for limits in self._windows:
             limits.watch(wake)
 
     def _wake_watchers(self) -> None:
         while self._watchers:
-            self._watchers.pop()()
+            try:
+                _, wake = self._watchers.popitem()
+            except KeyError:  # another run took the last
+                return
+            wake()
 
     def await_relief(self, who: object, wake: Callable[[], object]) -> bool:
         """Have `wake` called, once, when the instant that `who` waits for may have come nearer.
@@ -268,6 +285,10 @@ class Gate:
     def leave(self, who: object) -> None:
         """Call nobody for `who`, whose run is over; and be called by no limits when nobody is left."""
         self.forget(who)
+        wake = self._watchers.pop(who, None)
+        if wake is not None:
+            for limits in self._windows:
+                limits.unwatch(wake)
         if not self._waiting:
             for relief in self._reliefs:
                 relief.rest()

@@ -21,18 +21,26 @@ from .quota import Allowance, Hold
 
 Rank = tuple[Any, ...]
 
+LANES_KEPT = 1000
+"""Lanes of a run, and gates of an executor, from which on those are forgotten that are as if they were new."""
+
 SLOW_PULL = 0.0002
-"""Seconds after which a pull is slow: it then brings one item at a time, and nothing waits for it."""
+"""Seconds after which a pull is late: the next one brings one item.  If that is late too, the feed is slow: it is
+pulled item by item, and nothing waits for it."""
+
+HELD_UP = 0.050
+"""Seconds that a pull may take because its thread was held up by others; one that takes longer is slow at once."""
 
 
 class Trail:
     """What only few tasks need to remember between their attempts."""
 
-    __slots__ = ("error", "give_up_at", "has_budget", "recorded", "throttles", "uncounted")
+    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "recorded", "throttles", "uncounted")
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.give_up_at = math.inf
+        self.alarm = 0  # the number of the one that is set for that instant
         self.has_budget = False
         self.throttles = 0
         self.uncounted = 0  # calls that were throttled, and are no attempts
@@ -48,6 +56,7 @@ class Attempt:
 
     __slots__ = (
         "duration",
+        "followed_by",
         "hold",
         "index",
         "is_begun",
@@ -88,6 +97,7 @@ class Attempt:
     duration: float
     timeout: float
     worker: Any
+    followed_by: Attempt  # where it was given up, and the task tried again
     hold: Hold  # where the lane has a quota
     node: Any  # of a query: the NodeKey of its node
 
@@ -100,6 +110,8 @@ class Attempt:
     def usage(self) -> dict[str, float]:
         """What all calls made for the task used, by unit."""
         trail = self.trail
+        if trail is None and self.number == 1:
+            return {**self.lane.used_by(self.amount), "calls": 1.0}
         recorded = [] if trail is None else trail.recorded
         calls = self.number if trail is None else self.number + trail.uncounted
         rest = calls - len(recorded)
@@ -122,7 +134,16 @@ class Attempt:
         other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
         other.is_plain = False
         other.node = getattr(self, "node", None)
+        self.followed_by = other
         return other
+
+    @property
+    def latest(self) -> Attempt:
+        """What has taken its place in the end, or itself."""
+        latest = self
+        while (other := getattr(latest, "followed_by", None)) is not None:
+            latest = other
+        return latest
 
 
 def _add(usage: dict[str, float], used: Mapping[str, float], sign: int = 1) -> None:
@@ -150,13 +171,17 @@ class Feed:
         prepare: Turns an item into what arrives (an Attempt, a NodeKey, or of a bare payload its lane and itself), or
             returns an awaitable of that; user code may run in it.
         lane: Whose queue it feeds; None where each item says so itself.
+        node: Of a plan's feed the NodeKey of the node that it is about; `open_fn` and `prepare` are then called with
+            the feed itself first.  None for what the caller gave.
         rank: Where its items stand in the order of admission.
+        rest: The nodes that a pull may go on to, one after the other, as (rank, order, NodeKey).
     """
 
     __slots__ = (
         "arrived",
         "blocked",
         "ended",
+        "enough",
         "handful",
         "hold_until",
         "iterator",
@@ -169,22 +194,25 @@ class Feed:
         "pulled_at",
         "pulling",
         "rank",
+        "rest",
         "slow",
         "taken",
         "wanted",
+        "was_late",
         "worker",
     )
 
     def __init__(
         self,
         kind: FeedKind,
-        open_fn: Callable[[], Any],
-        prepare: Callable[[Any], Any],
+        open_fn: Callable[..., Any],
+        prepare: Callable[..., Any],
         *,
         label: str,
         lane: Lane | None = None,
         node: Any = None,
         rank: Rank = (),
+        rest: deque[tuple[Rank, int, Any]] | None = None,
         handful: int = 16,
     ) -> None:
         self.kind = kind
@@ -194,18 +222,38 @@ class Feed:
         self.lane = lane
         self.node = node
         self.rank = rank
+        self.rest = rest
         self.iterator: Any = None
         self.handful = handful  # how many items a pull takes at the most, where they come quickly
+        self.enough = 1  # how many it brings before it goes on to no other node
         self.wanted = 1
         self.arrived: deque[Any] = deque()
         self.taken = 0
         self.blocked = 0  # lanes without room
         self.pulling = False
         self.pulled_at = -math.inf
-        self.slow = False
+        self.was_late = False  # whether the last pull took long
+        self.slow = False  # whether the last two did
         self.hold_until = -math.inf  # a quick feed fills the queues before anything starts, but not for long
         self.ended = False
         self.worker: Any = None
+
+    def open(self) -> Any:
+        """Open what is to be iterated over next.  For whoever pulls."""
+        return self.open_fn() if self.node is None else self.open_fn(self)
+
+    def ready(self, item: Any) -> Any:
+        """Return what arrives for an item.  For whoever pulls."""
+        return self.prepare(item) if self.node is None else self.prepare(self, item)
+
+    def goes_on(self, brought: int) -> bool:
+        """Go on to the next node, if there is one and so many items are not enough.  For whoever pulls."""
+        if not self.rest or brought >= self.enough:
+            return False
+        _, _, self.node = self.rest.popleft()
+        self.iterator = None
+        self.taken = 0
+        return True
 
 
 def handful_of(lookahead: int) -> int:
@@ -242,6 +290,7 @@ class Lane:
         "budget",
         "busy_seconds",
         "call",
+        "callers",
         "calls",
         "calm",
         "capacity",
@@ -251,17 +300,18 @@ class Lane:
         "fifo",
         "full_at",
         "first_answer",
+        "forgotten",
         "gate",
         "growth",
         "guarded",
         "heap",
         "handful",
+        "joined",
         "last_answer",
         "last_given_up",
         "max_abandoned",
         "name",
         "nodes",
-        "order",
         "pulling",
         "quota",
         "raw",
@@ -318,13 +368,15 @@ class Lane:
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
         # Whether a start changes more than a count.
         self.accounts = batch_size is not None or retry.timeout is not None or quota is not None
+        self.callers = 0  # who are about to submit a task, or wait for one: in `call` only
         self.abandoned = 0
         self.settles_at = -math.inf  # before, those given up last may still end
         self.renew()
 
     def renew(self) -> None:
         """Make it ready for another run: all but the budget left and the calls that still hang begins anew."""
-        self.order = -1  # its place among the run's lanes, given when it joins
+        self.joined = False  # whether it is among the run's lanes
+        self.forgotten = False  # whether it was: its key is to have another
         self.running = 0
         self.taken = 0
         self.delivered = 0  # in a stream, written by the consumer alone
@@ -360,6 +412,21 @@ class Lane:
         """Tasks that have their result."""
         stats = self.stats
         return self.success_count + stats.failure_count + stats.cancelled_count + stats.skipped_count
+
+    def is_as_new(self, now: float) -> bool:
+        """Say whether another lane in its place would do the same from here on."""
+        return (
+            not (self.callers or self.running or self.abandoned or self.active)
+            and not (self.raw or self.fifo or self.heap)
+            and self.taken == self.delivered == self.ended_count
+            and self.resume_at == math.inf
+            and (self.budget is None or not self.calls)
+            and self.batch_started == 0
+            and self.batch_at <= now
+            and self.wake_at == math.inf
+            and not self.watching
+            and self.gate.is_as_new(now)
+        )
 
     @property
     def last_end(self) -> float:

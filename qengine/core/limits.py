@@ -349,7 +349,7 @@ class LimitSet:
             if taken > inner + self.early:
                 return self.try_take(1, now, slack, True) <= now
             after = (taken, rules)
-            if others is not None and not others():
+            if others is not None and not others() and self.states is states:
                 # There is no other thread, nor will there be before this is done: the lock would cost more than all.
                 self.states = after
                 return True
@@ -422,6 +422,13 @@ class LimitSet:
             least = min([float(rule.available(state, self._time(rule, now))) for rule, state in paired(states)])
             if self.states is states:  # and so the base is theirs
                 return least
+
+    def is_as_new(self, now: float) -> bool:
+        """Say whether others in its place would grant the same from here on."""
+        states = self.read()
+        return self.history is None and all(
+            rule.available(state, self._time(rule, now)) >= rule.most for rule, state in paired(states)
+        )
 
     # ---- taking back -------------------------------------------------------------------------------------------------
 

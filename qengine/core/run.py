@@ -25,16 +25,16 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from ..errors import TaskError, TaskTimeoutError
-from ..model import Event, Task, TaskStatus
+from ..model import OTHERS, Event, SourceReport, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
-from .lane import SLOW_PULL, Attempt, Feed, FeedKind, Lane
+from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
-from .tree import PULL_GRACE, NodeKey, Tree, place_below
+from .tree import PULL_GRACE, Found, NodeKey, Tree, found
 
 SUCCEEDED = TaskStatus.SUCCEEDED
 FAILED = TaskStatus.FAILED
@@ -43,10 +43,10 @@ TIMEOUT = TaskStatus.TIMEOUT
 CANCELLED = TaskStatus.CANCELLED
 SKIPPED = TaskStatus.SKIPPED
 
-Record = Attempt | tuple[Any, Any, int, float, float] | None
+Record = Attempt | Found | tuple[Any, Any, str, float, float] | None
 """What is kept of a task that has its result: the attempt, or of a bare payload that succeeded at once only the
-payload, the value, the lane's order, started_at and duration: less to keep, and nothing for the garbage collector to
-look through.  None: it has none yet."""
+payload, the value, the lane's name, started_at and duration: less to keep, and nothing for the garbage collector to
+look through; of such a query what was found.  None: it has none yet."""
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
@@ -90,6 +90,7 @@ class Run:
         note: Callable[[Event], object] | None = None,
     ) -> None:
         self.lanes: list[Lane] = []
+        self.others: SourceReport | None = None  # what lanes did that were forgotten
         self.records = records
         self.completed = completed
         self.on_wake: Callable[[Lane], object] = lambda lane: None
@@ -115,9 +116,15 @@ class Run:
         self._note = emit or note
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
+        self._forget_at = LANES_KEPT  # with so many lanes, those that are as new are forgotten
+        self.crowd = 0  # results to come before the intake goes on, where too many lanes have something to do
+        self._is_crowded = False
+        self._forgotten = 0  # results of lanes that were
+        self._last_end = -INF
         self._index = 0
         self._keys: set[Any] = set()
         self._smooth: list[Lane] = []  # lanes that have nothing but turns like most: see `turn`
+        self._drips = False  # whether the feed is slow: it is pulled item by item beside what runs, at every turn
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
         self._held = False
@@ -183,7 +190,7 @@ class Run:
         if self._emit is not None:
             self._tell("answer", now, attempt, _outcome_word(outcome))
         used = None
-        if attempt.view is not None or attempt.task is not None:
+        if attempt.view is not None or not attempt.is_plain:
             used = self._count_usage(attempt)
             attempt.view = None  # what it records from now on comes too late
         if type(outcome) is Raised:
@@ -204,6 +211,7 @@ class Run:
         lane = attempt.lane
         if (
             lane.calm is not lane.gate.calm
+            or self._drips
             or now >= self.due_at
             or not attempt.is_plain
             or type(outcome) is Raised
@@ -218,7 +226,7 @@ class Run:
         lane.last_answer = now
         records = self.records
         if records is not None:
-            records[attempt.index] = (attempt.payload, outcome, lane.order, started_at, duration)
+            records[attempt.index] = (attempt.payload, outcome, lane.name, started_at, duration)
         lane.success_count += 1
         lane.delivered = delivered = lane.delivered + 1
         budget, take_call = lane.budget, lane.take_call
@@ -242,6 +250,8 @@ class Run:
         attempt.worker = attempt.view = None
         if self._may_go_on(lane):
             self._activate(lane)
+        if self.crowd:
+            self._thin(now)
         return self.next(now)
 
     def _smoothen(self, lane: Lane, now: float) -> None:
@@ -254,7 +264,6 @@ class Run:
             and not lane.heap
             and not lane.abandoned
             and lane.first_answer is not None
-            and not (self.special and (self._steps or self._feed is None or self._feed.slow))
             and self._cap == INF  # else other lanes may be waiting for the place
             and gate.is_calm(now)
             and self._scan_at <= now + lane.timeout
@@ -284,20 +293,69 @@ class Run:
         self._collect(feed, now)
         feed.pulling = False
         self._pulls.remove(feed)
-        feed.slow = now - feed.pulled_at > SLOW_PULL
-        if feed.slow:
-            self._ruffle()  # it is pulled beside what runs, item by item
+        took = now - feed.pulled_at
+        was_late, feed.was_late = feed.was_late, took > SLOW_PULL
+        feed.slow = (was_late and feed.was_late) or took > HELD_UP
         feed.ended = ended
+        self._drips = feed.slow and not ended
         if self._tree is not None:
             self._tree.returned(feed, ended)
         if error is not None:
             self._feed_failed(feed, error, now)
         if feed.lane is not None:
             self._activate(feed.lane)
+        if len(self.lanes) >= self._forget_at and feed is self._feed:  # no item is on its way to any of them
+            self._forget_at = 2 * max(LANES_KEPT, self.forget_idle(now))
+            if sum(lane.taken > lane.delivered for lane in self.lanes) >= 2 * LANES_KEPT and not ended:
+                feed.blocked += 1
+                self._is_crowded = True
+                self.crowd = LANES_KEPT // 2
+                self._forget_at = LANES_KEPT
+                if sum(lane.taken - lane.delivered for lane in self.lanes) < self.crowd:
+                    self.thinned(now)  # a consumer was quick: as many may not come
+
+    def forget_idle(self, now: float) -> int:
+        """Forget the lanes that are as if they were new: keys without a bound are not to fill the memory.
+
+        What they did is summed up in `others`.  Return how many are left.
+        """
+        kept, others = [], SourceReport(OTHERS)
+        if self.others is not None:
+            others.add(self.others)
+        for lane in self.lanes:
+            if not lane.is_as_new(now):
+                kept.append(lane)
+                continue
+            lane.forgotten = True
+            if lane.callers:  # one has come in the same instant, and has looked before
+                lane.forgotten = False
+                kept.append(lane)
+                continue
+            lane.gate.leave(lane)
+            lane.joined = False
+            others.add(lane.report(self.begun_at))
+            self._last_end = max(self._last_end, lane.last_end)
+            self._forgotten += lane.ended_count
+        if len(kept) < len(self.lanes):
+            self.lanes = kept  # before the others have it: whoever looks on counts nothing twice
+            self.others = others
+            self._smooth = [lane for lane in self._smooth if lane.joined]
+        return len(kept)
+
+    def thinned(self, now: float) -> None:
+        """Go on with the intake: of the many lanes that had something to do some have less."""
+        if self._is_crowded:
+            self._is_crowded = False
+            self.crowd = 0
+            self._unblock()
 
     def submitted(self, attempt: Attempt, now: float) -> None:
         """Take one task that comes from outside, not from the feed."""
+        if self._over:  # its lane may be another run's by now
+            return
         self._take(attempt, None, now)
+        if len(self.lanes) >= self._forget_at:
+            self._forget_at = 2 * max(LANES_KEPT, self.forget_idle(now))
         if self.stop_reason is not None:
             self._cancel_waiting(now)
 
@@ -326,7 +384,8 @@ class Run:
 
     def withdrawn(self, attempt: Attempt, reason: str, now: float) -> None:
         """Cancel one task, wherever it is: whoever submitted it no longer waits for it."""
-        if attempt.status is not None:
+        attempt = attempt.latest
+        if self._over or attempt.status is not None:
             return
         if attempt in self._running:
             self._abandon(attempt, now, reason, None)
@@ -354,7 +413,8 @@ class Run:
     # ---- intake ------------------------------------------------------------------------------------------------------
 
     def _join(self, lane: Lane) -> None:
-        lane.order = len(self.lanes)
+        lane.joined = True
+        lane.forgotten = False
         self.lanes.append(lane)
         lane.guarded = lane.guarded or self._tree is not None
         self._activate(lane)
@@ -387,7 +447,7 @@ class Run:
     def _pull(self, feed: Feed, now: float) -> Feed:
         feed.pulling = True
         feed.pulled_at = now
-        if feed.slow:
+        if feed.was_late:
             feed.wanted = 1
         elif feed.lane is not None and feed.kind is FeedKind.INPUTS:
             feed.wanted = feed.lane.room  # all of it is for this one lane
@@ -445,15 +505,16 @@ class Run:
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
         lane = attempt.lane
-        if lane.order < 0:
+        if not lane.joined:
             self._join(lane)
         attempt.index = self._index
         self._index += 1
         lane.taken += 1
-        self._leave_room(1)
+        if self.records is not None:
+            self.records.append(None)
         if feed is not None and lane.taken - lane.delivered > lane.full_at:
             self._rest(lane, feed)
-        if attempt.task is not None and self._refused(attempt, feed, now):
+        if attempt.task is not None and self._refused(attempt, now):
             return
         if attempt.rank is None:
             self._draw(lane, len(lane.raw))
@@ -465,14 +526,12 @@ class Run:
             lane.active = True
             self.active.append(lane)
 
-    def _refused(self, attempt: Attempt, feed: Feed | None, now: float) -> bool:
+    def _refused(self, attempt: Attempt, now: float) -> bool:
         """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
         task = attempt.task
         assert task is not None
-        if feed is not None and feed.kind is FeedKind.QUERIES:
-            feed.taken += 1
-            level, path, *number = feed.rank
-            attempt.rank = (task.priority, level, path, number[0] if number else feed.taken, attempt.index)
+        if attempt.rank is not None:  # its place in the tree
+            attempt.rank = (*attempt.rank, attempt.index)
         elif task.priority:
             attempt.rank = (task.priority, attempt.index)
         if attempt.outcome is None and task.amount != 1:
@@ -503,50 +562,65 @@ class Run:
         """Go on with the intake: the lane has room again."""
         lane.resume_at = INF
         self._activate(lane)
+        self._unblock()
+
+    def _unblock(self) -> None:
         feed = self._feed
         if feed is not None:
             self.special = True
-            if feed.slow:
-                self._ruffle()
             feed.blocked -= 1
             feed.hold_until = -INF
+
+    def _thin(self, now: float) -> None:
+        """Count a task that is over while there is a crowd of lanes; a consumer does it where there is one."""
+        if self.completed is None:
+            self.crowd -= 1
+            if self.crowd == 0:
+                self.thinned(now)
 
     def _collect(self, feed: Feed, now: float) -> bool:
         """Take what a feed has brought so far; return whether the run has stopped."""
         arrived = feed.arrived
         while arrived:
-            if type(arrived[0]) is tuple:
+            kind = type(arrived[0])
+            if kind is tuple:
                 self._collect_bare(feed)
-                continue
-            item = arrived.popleft()
-            if feed.kind is not FeedKind.NODES:
-                self._take(item, feed, now)
-            elif isinstance(item, NodeKey):
-                assert self._tree is not None
-                self._tree.node_came(feed, item, self.lanes)
-                for lane in self.lanes:
-                    self._activate(lane)
-            else:  # a bad one
-                item.rank = (0, *place_below(feed.rank), 0, self._index)
-                self._take(item, None, now)
+            elif kind is NodeKey:
+                self._collect_nodes(feed)
+            else:
+                self._take(arrived.popleft(), None if feed.kind is FeedKind.NODES else feed, now)
         if self.stop_reason is not None:
             self._cancel_waiting(now)
         return self.stop_reason is not None
+
+    def _collect_nodes(self, feed: Feed) -> None:
+        """Take the nodes at the head of what a feed has brought."""
+        assert self._tree is not None
+        arrived, keys = feed.arrived, []
+        while arrived and type(arrived[0]) is NodeKey:
+            keys.append(arrived.popleft())
+        self._tree.nodes_came(feed, keys, self.lanes)
+        for lane in self.lanes:
+            self._activate(lane)
 
     def _collect_bare(self, feed: Feed) -> None:
         """Take the bare payloads at the head of what a feed has brought: a task is made of each when it starts."""
         arrived = feed.arrived
         index = first = self._index
-        while arrived and type(arrived[0]) is tuple:
-            lane, payload = arrived.popleft()
+        while arrived:
+            item = arrived.popleft()
+            if type(item) is not tuple:
+                arrived.appendleft(item)
+                break
+            lane, payload = item
             if not lane.active and lane.running < lane.concurrency:
-                if lane.order < 0:
+                if not lane.joined:
                     self._join(lane)
                 self._activate(lane)
             lane.raw.append((index, payload))
             index += 1
-            lane.taken += 1
-            if lane.taken - lane.delivered > lane.full_at and lane.resume_at == INF:
+            lane.taken = taken = lane.taken + 1
+            if taken - lane.delivered > lane.full_at and lane.resume_at == INF:
                 self._rest(lane, feed)
         self._index = index
         self._leave_room(index - first)
@@ -559,9 +633,8 @@ class Run:
             self._tell("stop", now, None, "input_error")
             return
         assert feed.lane is not None
-        attempt = feed.prepare(Raised(error))
+        attempt = feed.ready(Raised(error))
         attempt.reason = feed.label
-        attempt.rank = (0, *feed.rank[:2], 0, self._index)
         self._take(attempt, None, now)
 
     # ---- admission ---------------------------------------------------------------------------------------------------
@@ -574,9 +647,10 @@ class Run:
         if lane.running >= lane.concurrency:
             return None
         if lane.raw and not lane.fifo and lane.calm is lane.gate.calm and self._takes_one(lane, now):
-            attempt = Attempt(lane.raw[0][1], None, lane)
-            attempt.index, _ = lane.raw.popleft()
-            return self._begin(attempt, lane.timeout, now)
+            index, payload = lane.raw.popleft()
+            fresh = Attempt(payload, None, lane)
+            fresh.index = index
+            return self._begin(fresh, lane.timeout, now)
         while True:
             if self._data is not None and lane.resume_at == INF:
                 self._refill(lane, now)
@@ -603,7 +677,7 @@ class Run:
                         return None
                     continue
             timeout = lane.timeout
-            if lane.accounts or attempt.task is not None or attempt.trail is not None:
+            if lane.accounts or not attempt.is_plain:
                 timeout = self._account(lane, attempt, now)
             elif lane.budget is not None:
                 lane.budget -= 1
@@ -617,7 +691,7 @@ class Run:
     def _takes_one(lane: Lane, now: float) -> bool:
         """Take from the budget and the limits of a lane whose turns are like most, if both have something."""
         budget, take_call = lane.budget, lane.take_call
-        if budget is not None and budget < 1 or take_call is not None and not take_call(now, CATCH_UP):
+        if (budget is not None and budget < 1) or (take_call is not None and not take_call(now, CATCH_UP)):
             return False
         if budget is not None:
             lane.budget = budget - 1
@@ -692,7 +766,7 @@ class Run:
             self.on_wake(lane)
 
         lane.watching = True
-        lane.gate.watch(wake)
+        lane.gate.watch(lane, wake)
         return True
 
     def _skipped(self, lane: Lane, attempt: Attempt, spent: bool, now: float) -> bool:
@@ -802,12 +876,12 @@ class Run:
         if now + delay >= trail.give_up_at:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
+            self._tell("throttled", now, attempt, f"{delay:g}")
             attempt.number -= 1
             trail.uncounted += 1
             if attempt.number == 0 and lane.batch_size is not None:  # it is to count once in its batch
                 lane.batch_started -= 1
                 lane.batch_open -= 1
-            self._tell("throttled", now, attempt, f"{delay:g}")
             self._queue_again(attempt)
 
     def _failed(self, attempt: Attempt, error: BaseException, verdict: bool | float, now: float) -> None:
@@ -859,7 +933,8 @@ class Run:
         heappush(lane.heap, (rank, attempt))
         self._ruffle()
         if trail is not None and trail.give_up_at < INF:
-            self._set_timer(trail.give_up_at, Timer.GIVE_UP, attempt)
+            self._timers.drop(trail.alarm)
+            trail.alarm = self._set_timer(trail.give_up_at, Timer.GIVE_UP, attempt)
         self._activate(lane)
 
     def _fail(self, attempt: Attempt, error: BaseException, now: float) -> None:
@@ -870,13 +945,21 @@ class Run:
     def _end(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
         """Give a task its result."""
         attempt.status = status
+        if attempt.trail is not None:
+            self._timers.drop(attempt.trail.alarm)
         if self.records is not None:
             self.records[attempt.index] = attempt
         lane = attempt.lane
         stats = lane.stats
         if status is SUCCEEDED:
             lane.success_count += 1
-            if self._tree is not None:
+            if self._tree is None:
+                if self.records is not None and self._emit is None and attempt.is_plain:
+                    kept = (attempt.payload, attempt.outcome, lane.name, attempt.started_at, attempt.duration)
+                    self.records[attempt.index] = kept
+            else:
+                if self.records is not None and self._emit is None and attempt.is_plain:
+                    self.records[attempt.index] = found(attempt, now)
                 self._tree.follow(attempt)
                 if attempt.outcome:
                     self._tree.grew(attempt)
@@ -893,6 +976,8 @@ class Run:
             lane.delivered += 1
             if lane.delivered >= lane.resume_at:
                 self._resume(lane)
+        if self.crowd:
+            self._thin(now)
         if lane.batch_size is not None and attempt.number:
             self._batch_ended_one(lane, now)
         if self._emit is not None:
@@ -917,10 +1002,10 @@ class Run:
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
-    def _set_timer(self, at: float, timer: Timer, what: Any) -> None:
-        self._timers.set(at, timer, what)
+    def _set_timer(self, at: float, timer: Timer, what: Any) -> int:
         if at < self.due_at:
             self.due_at = at
+        return self._timers.set(at, timer, what)
 
     def _may_go_on(self, lane: Lane) -> bool:
         """Say whether a lane may have more to start, or to pull, as far as can be told at a glance."""
@@ -1108,14 +1193,21 @@ class Run:
             return False
         if self._tree is not None and self._tree.open:
             return False
-        return self._index == sum(lane.ended_count for lane in self.lanes)
+        return self._index == sum(lane.ended_count for lane in self.lanes) + self._forgotten
+
+    def reports(self) -> Iterator[SourceReport]:
+        """Give what each lane did, and at the end those that were forgotten."""
+        for lane in self.lanes:
+            yield lane.report(self.begun_at)
+        if self.others is not None:
+            yield self.others
 
     @property
     def makespan(self) -> float:
         """Seconds from the first start to the last end."""
         if self.first_start is None:
             return 0.0
-        return max(lane.last_end for lane in self.lanes) - self.first_start
+        return max([self._last_end, *(lane.last_end for lane in self.lanes)]) - self.first_start
 
     @property
     def abandoned(self) -> int:

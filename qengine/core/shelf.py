@@ -21,13 +21,14 @@ class Shelf:
         ring: Wakes the consumer.
     """
 
-    __slots__ = ("_by_index", "_next_index", "_ready", "is_complete", "is_watched", "ring")
+    __slots__ = ("_by_index", "_next_index", "_ready", "handing", "is_complete", "is_watched", "ring")
 
     def __init__(self, ordered: bool, ring: Callable[[], object]) -> None:
         self._ready: deque[Attempt] = deque()
         self._by_index: dict[int, Attempt] | None = {} if ordered else None
         self._next_index = 0
         self.ring = ring
+        self.handing: Attempt | None = None  # what the consumer is taking: if he is interrupted it may be nowhere else
         self.is_complete = False  # no more will come
         self.is_watched = False  # the consumer waits, or is about to
 
@@ -49,12 +50,22 @@ class Shelf:
         """Take out the next; None if it has not come."""
         try:
             if self._by_index is None:
+                self.handing = self._ready[0]
                 return self._ready.popleft()
+            self.handing = self._by_index[self._next_index]
             attempt = self._by_index.pop(self._next_index)
         except LookupError:
+            self.handing = None
             return None
         self._next_index += 1
         return attempt
+
+    def saved(self, left: list[Attempt]) -> None:
+        """Put what the consumer was taking, when he was interrupted, to what is left, if it is nowhere else."""
+        attempt = self.handing
+        known = self._ready if self._by_index is None else self._by_index.values()
+        if attempt is not None and attempt not in known and attempt not in left:
+            left.append(attempt)
 
     def empty_into(self, left: list[Attempt]) -> None:
         """Take out all that there is; nothing more is to come."""

@@ -21,24 +21,41 @@ class Timer(Enum):
     ALARM = "alarm"  # somebody else asked for it
 
 
+_FEW = 64
+
+
 class Timers:
     """A heap of alarms."""
 
-    __slots__ = ("_heap", "_number")
+    __slots__ = ("_dropped", "_heap", "_number")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer, Any]] = []
         self._number = 0
+        self._dropped: set[int] = set()
 
     @property
     def next_at(self) -> float:
         """The instant of the next, infinity if there is none."""
         return self._heap[0][0] if self._heap else math.inf
 
-    def set(self, at: float, timer: Timer, what: Any) -> None:
-        """Set one."""
+    def set(self, at: float, timer: Timer, what: Any) -> int:
+        """Set one; return its number."""
         self._number += 1
         heappush(self._heap, (at, self._number, timer, what))
+        return self._number
+
+    def drop(self, number: int) -> None:
+        """Forget one that may still be set, by its number; 0 is none.
+
+        Most are dropped long before their time: when half of them are, the heap is made anew.
+        """
+        if number:
+            self._dropped.add(number)
+            if 2 * len(self._dropped) > len(self._heap) + _FEW:
+                self._heap = [entry for entry in self._heap if entry[1] not in self._dropped]
+                heapify(self._heap)
+                self._dropped.clear()
 
     def pop(self) -> tuple[Timer, Any]:
         """Take out the next."""

@@ -361,7 +361,7 @@ class TaskCrew(Crew):
 
     # ---- the time ----------------------------------------------------------------------------------------------------
 
-    def _ring(self, worker: Worker | None) -> None:
+    def _ring(self) -> None:
         self._forget_alarm()
         self._timer = self.clock.alarm(self._loop, self._sleep_until, self._look)
 

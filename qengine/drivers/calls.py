@@ -22,7 +22,7 @@ from ..core.lane import SLOW_PULL, Attempt, Feed
 from ..core.steps import Raised
 from ..core.tree import NodeKey
 from ..errors import RateLimitError, refuse, refuse_type, require_at_least
-from ..model import CancellationToken, Task
+from ..model import CancellationToken, Task, bare_task
 from .clock import SYSTEM_CLOCK, Clock
 
 T = TypeVar("T")
@@ -235,7 +235,7 @@ def view_of(attempt: Attempt, clock: Clock) -> CurrentAttempt:
 
 def task_of(attempt: Attempt) -> Task[Any]:
     """Return the task of an attempt; a bare payload becomes one."""
-    return Task(attempt.payload) if attempt.task is None else attempt.task
+    return bare_task(attempt.payload) if attempt.task is None else attempt.task
 
 
 def tell_cancelled(attempt: Attempt, reason: str) -> None:
@@ -278,6 +278,8 @@ def refuse_async(name: str, fn: object, allowed: str = "a plain function: thread
 
 def check_value(value: Any) -> None:
     """Refuse what nobody would await any more: a returned awaitable, which is closed, or an async generator."""
+    if type(value) in PLAIN_VALUES:
+        return
     if hasattr(type(value), "__await__") or inspect.isasyncgen(value):
         if hasattr(value, "close"):
             value.close()
@@ -295,15 +297,15 @@ def raised(attempt: Attempt, error: BaseException) -> Raised:
     """Return the outcome of an attempt that raised, with what its retry policy makes of that."""
     if _is_cancellation(error):
         return Raised(error, cancelled=True)
-    if isinstance(error, RateLimitError):
-        return Raised(error, throttled=True, retry_after=_seconds(getattr(error, "retry_after", None)))
-    if not isinstance(error, Exception):
-        return Raised(error)
     try:
+        if isinstance(error, RateLimitError):
+            return Raised(error, throttled=True, retry_after=_seconds(getattr(error, "retry_after", None)))
+        if not isinstance(error, Exception):
+            return Raised(error)
         return Raised(error, attempt.lane.retry.verdict(error))
-    except Exception as broken:  # the user's predicate: its error says more than a guess would
+    except BaseException as broken:  # the user's predicate, or property: its error says more than a guess would
         broken.__cause__ = error
-        return Raised(broken)
+        return Raised(broken, cancelled=_is_cancellation(broken))
 
 
 async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:
@@ -312,28 +314,33 @@ async def pull(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseExcep
     Returns:
         Whether that was the end, and the error that ended it.
     """
-    arrived, prepare = feed.arrived.append, feed.prepare
+    arrived = feed.arrived.append
+    prepare = feed.prepare if feed.node is None else functools.partial(feed.prepare, feed)
     feed.pulled_at = now_fn()  # not when it was handed over
     until = feed.pulled_at + SLOW_PULL
+    wanted = feed.wanted
     try:
-        iterator = feed.iterator
-        if iterator is None:
-            opened = feed.open_fn()
-            if hasattr(type(opened), "__await__"):
-                opened = await opened
-            iterator = feed.iterator = aiter(opened) if hasattr(type(opened), "__aiter__") else iter(opened)
-        wanted = feed.wanted
-        for item in islice(iterator, wanted) if hasattr(type(iterator), "__next__") else [_AWAITED] * wanted:
-            if item is _AWAITED and (item := await anext(iterator, _END)) is _END:
-                break
-            ready = prepare(item)
-            arrived(ready if type(ready) in _READY else await ready)
-            wanted -= 1
-            if now_fn() > until:
+        while True:
+            iterator = feed.iterator
+            if iterator is None:
+                opened = feed.open()
+                if not is_plain_data(opened) and hasattr(type(opened), "__await__"):
+                    opened = await opened
+                iterator = feed.iterator = aiter(opened) if hasattr(type(opened), "__aiter__") else iter(opened)
+            for item in islice(iterator, wanted) if hasattr(type(iterator), "__next__") else [_AWAITED] * wanted:
+                if item is _AWAITED and (item := await anext(iterator, _END)) is _END:
+                    break
+                ready = prepare(item)
+                arrived(ready if type(ready) is tuple or type(ready) in _READY else await ready)
+                wanted -= 1
+                if now_fn() > until:
+                    return False, None
+            if wanted <= 0:
                 return False, None
+            if now_fn() > until or not feed.goes_on(feed.wanted - wanted):
+                return True, None
     except BaseException as error:
         return True, error
-    return wanted > 0, None
 
 
 def pull_now(feed: Feed, now_fn: Callable[[], float]) -> tuple[bool, BaseException | None]:

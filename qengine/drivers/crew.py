@@ -119,8 +119,8 @@ class Crew:
         """Let a new worker run.  Not under the lock: this may wait."""
         raise NotImplementedError
 
-    def _ring(self, worker: Worker | None) -> None:
-        """Set the alarm to `_sleep_until`, which is earlier than it was; `worker` is the one that pumps."""
+    def _ring(self) -> None:
+        """Set the alarm to `_sleep_until`, which is earlier than it was."""
         raise NotImplementedError
 
     def _interrupt(self, worker: Any) -> None:
@@ -168,7 +168,9 @@ class Crew:
                 if step is None:
                     now = self._now_fn()
                     while inbox:
-                        self._take_in(inbox.popleft(), worker, now)
+                        event = inbox.popleft()
+                        now = self._now_fn()  # not sooner than what it tells has happened
+                        self._take_in(event, worker, now)
                     step = run.next(now)
                 taker = worker
                 if self._in_turn:
@@ -207,7 +209,7 @@ class Crew:
                     self._end()
                 elif run.due_at < self._sleep_until:
                     self._sleep_until = run.due_at
-                    self._ring(worker)
+                    self._ring()
                 if self._deliver is not None:
                     self._hand_out(self._deliver)
             except BaseException as error:  # as in `_pump`

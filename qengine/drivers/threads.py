@@ -23,7 +23,7 @@ from ..core.run import Run
 from ..core.steps import Raised
 from .calls import PLAIN_VALUES, check_value, pull_now, raised, set_current_worker
 from .clock import Clock, DriverThread
-from .crew import GONE, Crew, Deliver, Work, Worker, look_again
+from .crew import GONE, IDLE, Crew, Deliver, Work, Worker, look_again
 
 
 class ThreadWorker(Worker):
@@ -46,6 +46,7 @@ class ThreadCrew(Crew):
         after_pump: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(run, clock, deliver=deliver, after_pump=after_pump)
+        self._count = 0
         self._alarm = clock.queue()
         self._finished = clock.queue()
         self._timekeeper = clock.thread(self._keep_time, (), "qengine-time")
@@ -82,7 +83,8 @@ class ThreadCrew(Crew):
 
     def _hire(self, work: Work) -> ThreadWorker:
         worker = ThreadWorker(self.clock.queue())
-        worker.thread = self.clock.thread(self._work, (worker,), f"qengine-{len(self._hired)}")
+        worker.thread = self.clock.thread(self._work, (worker,), f"qengine-{self._count}")
+        self._count += 1
         self._hired[worker] = None
         self._hand_over(work, worker)
         return worker
@@ -93,12 +95,19 @@ class ThreadCrew(Crew):
             worker.thread.start()
         except RuntimeError as error:  # the system gives no more threads
             worker.thread = None
-            if self._unclaimed.pop(worker, None) is None:
-                return
-            if isinstance(work, Attempt):
-                self._inbox.append((work, Raised(error), None))
-            else:
-                self._inbox.append((self.run.offered, (work, True, error), None))
+            self._inbox.append((self._unhired, (worker, error), None))
+
+    def _unhired(self, worker: ThreadWorker, error: RuntimeError, now: float) -> None:
+        """Do without a worker that could not be started; if it had work, that has failed."""
+        if worker.place is IDLE:
+            self._idle.remove(worker)
+        worker.place = GONE
+        self._hired.pop(worker, None)
+        work = self._unclaimed.pop(worker, None)
+        if isinstance(work, Attempt):
+            self.run.finished(work, Raised(error), now)
+        elif work is not None:
+            self.run.offered(work, True, error, now)
 
     def _work(self, worker: ThreadWorker) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
@@ -145,14 +154,14 @@ class ThreadCrew(Crew):
                     work = pump(worker, self.run.offered, (work, *base.copy().run(pull_now, work, now_fn)))
 
     def _interrupt(self, worker: ThreadWorker) -> None:
+        self._hired.pop(worker, None)  # it ends by itself, and nobody waits for it
         if worker.thread is not None:
             self.clock.interrupt(worker.thread)
 
     # ---- the time ----------------------------------------------------------------------------------------------------
 
-    def _ring(self, worker: Worker | None) -> None:
-        if worker is not None:  # the timekeeper looks for itself
-            self._alarm.put(None)
+    def _ring(self) -> None:
+        self._alarm.put(None)
 
     def _conclude(self) -> None:
         self._alarm.put(None)

@@ -206,9 +206,15 @@ class VirtualClock:
             self._stir()
         return alarm
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether a turn is due now, after the one that is being taken."""
+        return bool(self._due)
+
     def step(self) -> bool:
         """Take the next turn; return whether there was one."""
-        self._finish_turn()
+        if self._begun is not None:
+            self._finish_turn()
         while not self._due:
             if not self._alarms:
                 return False

@@ -225,7 +225,7 @@ def make_tree(
     sources = [Source(lane.name, lane.call, accepts=fn) for lane, fn in zip(lanes, accepts, strict=True)]
     feeds = _Feeds(QueryExecutor(sources, plan), lanes)
     return Tree(
-        Feed(FeedKind.NODES, lambda: roots, feeds.node_of((), lanes[0]), label="roots"), feeds.queries, feeds.children,
+        Feed(FeedKind.NODES, lambda: roots, feeds.root_of(lanes[0]), label="roots"), feeds.queries, feeds.children,
         feeds.following if hasattr(plan, "following") else None,
     )
 

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import pytest
-from core.support import Garden, Trial, counting, make_lane, make_tree, payloads
+from core.support import STEADY, Garden, Trial, counting, make_lane, make_tree, payloads
 
-from qengine import RateLimit, RetryPolicy, Task, TaskStatus
-from qengine.core.lane import SLOW_PULL, Attempt, Feed
+from qengine import BreakerPolicy, RateLimit, RetryPolicy, Task, TaskStatus
+from qengine.core.lane import HELD_UP, SLOW_PULL, Attempt, Feed
 from qengine.core.steps import DONE, Cancel, Wait
 from qengine.core.tree import PULL_GRACE
 from qengine.drivers.calls import CurrentAttempt
@@ -95,14 +95,38 @@ def test_bad_items_that_fill_the_lane_do_not_end_the_intake(how: str) -> None:
     assert payloads(trial.start(0.0)) == ["good"]
 
 
-@pytest.mark.parametrize(("took", "slow"), [(0.0, False), (SLOW_PULL / 2, False), (SLOW_PULL * 2, True)])
-def test_a_pull_is_slow_by_what_it_took_whenever_that_was(took: float, slow: bool) -> None:
-    trial = Trial(make_lane(), inputs=counting(99, []), now=5.0)
-    feed = trial.run.next(5.0)
-    assert isinstance(feed, Feed)
-    feed.arrived.append(feed.prepare("a"))
-    trial.run.offered(feed, False, None, 5.0 + took)
+def test_places_that_bad_items_left_free_are_taken_by_the_next() -> None:
+    lane = make_lane(FIVE, concurrency=3, lookahead=0)
+    trial = Trial(lane, data=[NEVER_HAD, NEVER_HAD, Task("a"), Task("b"), Task("c"), Task("d")])
+    assert payloads(trial.start(0.0)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("took", "wanted", "slow"),
+    [
+        ([0.0], 16, False),
+        ([SLOW_PULL / 2, SLOW_PULL / 2], 16, False),
+        ([SLOW_PULL * 2], 1, False),
+        ([SLOW_PULL * 2, SLOW_PULL / 2], 16, False),
+        ([SLOW_PULL * 2, SLOW_PULL * 2], 1, True),
+        ([HELD_UP], 1, False),
+        ([HELD_UP + 0.001], 1, True),
+    ],
+)
+def test_a_feed_is_slow_by_what_its_last_pulls_took_whenever_that_was(
+    took: list[float], wanted: int, slow: bool
+) -> None:
+    trial = Trial(make_lane(concurrency=1), inputs=counting(99, []), now=64.0)
+    for seconds in took:
+        feed = trial.run.next(64.0)
+        assert isinstance(feed, Feed)
+        feed.pulled_at = 64.0
+        feed.arrived.append(feed.prepare("a"))
+        trial.run.offered(feed, False, None, 64.0 + seconds)
     assert feed.slow is slow
+    steps = [trial.run.next(64.0 + took[-1]), trial.run.next(64.0 + took[-1])]
+    assert isinstance(steps[0], Attempt) is slow, "first what can start, if it is slow"
+    assert feed in steps and (feed.wanted == 1) is (wanted == 1)
 
 
 def test_a_slow_feed_is_pulled_when_all_places_are_taken() -> None:
@@ -148,6 +172,24 @@ def test_a_child_that_is_held_up_no_more_still_asks_its_limits() -> None:
     assert step.until == 10.0
 
 
+def test_what_a_bare_payload_has_recorded_counts() -> None:
+    lane = make_lane()
+    trial = Trial(lane, data=["a"])
+    (attempt,) = trial.start(0.0)
+    attempt.view = CurrentAttempt(attempt, lambda: 1.0)
+    attempt.view.record(tokens=20)
+    trial.succeed(attempt, 1.0)
+    assert lane.report(0.0).usage == {"calls": 1.0, "tokens": 20.0}
+
+
+def test_what_is_recorded_after_the_outcome_comes_too_late() -> None:
+    trial = Trial(make_lane(), data=["a"])
+    (attempt,) = trial.start(0.0)
+    attempt.view = CurrentAttempt(attempt, lambda: 1.0)
+    trial.succeed(attempt, 1.0)
+    assert attempt.view is None, "nobody looks at it any more"
+
+
 def test_a_lane_is_asked_again_after_its_own_outcome_and_not_woken_by_what_that_gave_back() -> None:
     tokens = RateLimit(per_second=10, burst=100, unit="tokens")
     trial = Trial(make_lane(tokens, concurrency=2), data=[Task(n, amount={"tokens": 100}) for n in range(2)])
@@ -171,6 +213,21 @@ def test_a_stop_by_a_bad_item_gives_up_at_once_what_may_not_drain() -> None:
     step = trial.run.next(1.0)
     assert isinstance(step, Cancel) and step.target is other, "what is due now is not waited for"
     assert trial.run.next(1.0) is DONE
+
+
+def test_a_stop_by_a_skip_gives_up_at_once_what_runs_though_a_pull_hangs() -> None:
+    lane = make_lane(breaker=BreakerPolicy(failures=1, on_open="skip"), retry=STEADY, concurrency=2)
+    trial = Trial(lane, inputs=(), max_failures=1, in_flight="abandon")
+    feed = trial.run.next(0.0)
+    assert isinstance(feed, Feed)
+    feed.arrived.extend([feed.prepare("tried"), feed.prepare("runs")])
+    tried, runs = (trial.run.next(PULL_GRACE) for _ in range(2))
+    assert isinstance(tried, Attempt)
+    trial.fail(tried, 1.0)
+    assert isinstance(trial.run.next(1.0), Wait)
+    step = trial.run.next(2.0)
+    assert trial.run.stop_reason == "max_failures", "its retry was skipped, and so it failed"
+    assert isinstance(step, Cancel) and step.target is runs and feed.pulling
 
 
 def test_a_call_that_was_given_up_was_busy_until_then() -> None:

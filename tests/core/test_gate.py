@@ -76,7 +76,7 @@ def test_what_was_never_made_is_given_back() -> None:
 @pytest.mark.parametrize("verdict", [True, False, None])
 def test_every_outcome_wakes_who_watches_once(verdict: bool | None) -> None:
     gate, woken = make_gate(breaker=BreakerPolicy()), list[int]()
-    gate.watch(lambda: woken.append(1))
+    gate.watch(object(), lambda: woken.append(1))
     gate.ended("a", 1, 0.0, verdict)
     gate.ended("b", 1, 0.0, verdict)
     assert woken == [1]
@@ -86,7 +86,7 @@ def test_an_outcome_at_another_gate_wakes_who_shares_a_window() -> None:
     shared, woken = make_limits(Window(1, 10)), list[int]()
     one, other = (Gate([shared], None, nullcontext()) for _ in range(2))
     one.admit("a", 1, 0.0)
-    other.watch(lambda: woken.append(1))
+    other.watch(object(), lambda: woken.append(1))
     one.ended("a", 1, 1.0, True)
     assert woken == [1]
 
@@ -205,7 +205,7 @@ def test_it_is_calm_while_a_success_changes_nothing_and_only_limits_are_asked() 
     assert not gate.is_calm(0.0), "a success would start the count anew"
     gate.ended("a", 1, 0.0, True)
     assert gate.is_calm(0.0)
-    gate.watch(lambda: None)
+    gate.watch(object(), lambda: None)
     assert not gate.is_calm(0.0), "somebody is to be woken"
     assert not make_gate(Window(1, 1)).is_calm(0.0), "a slot is to be settled"
 
@@ -263,3 +263,42 @@ def test_a_twin_of_an_idle_gate_is_idle_even_if_there_was_a_pause() -> None:
     gate.pause(5.0)
     assert not gate.twin(5.0, 0.0, nullcontext, {}).active
     assert gate.twin(4.0, 0.0, nullcontext, {}).admit("a", 1, 0.0) == 1.0
+
+
+# ---- as if it were new -----------------------------------------------------------------------------------------------
+
+
+def test_a_gate_is_as_new_when_its_limits_are_and_its_pause_is_over() -> None:
+    gate = make_gate(RateLimit(per_second=1, burst=2))
+    assert gate.is_as_new(0.0)
+    gate.admit("a", 1, 0.0)
+    assert not gate.is_as_new(0.5) and gate.is_as_new(1.0)
+    gate.pause(5.0)
+    assert not gate.is_as_new(4.0) and gate.is_as_new(5.0)
+
+
+def test_limits_that_are_lent_to_a_gate_are_not_its_own_to_be_as_new() -> None:
+    limits = make_limits(RateLimit(per_second=1))
+    gate = Gate([limits], None, nullcontext(), lent=[limits])
+    gate.admit("a", 1, 0.0)
+    assert gate.is_as_new(0.0)
+
+
+def test_a_gate_at_which_somebody_waits_is_not_as_new() -> None:
+    gate = make_gate(RateLimit(per_second=1, burst=2))
+    gate.await_relief("lane", lambda: None)
+    assert not gate.is_as_new(0.0)
+    gate.leave("lane")
+    assert gate.is_as_new(0.0)
+    gate.watch(object(), lambda: None)
+    assert not gate.is_as_new(0.0)
+
+
+def test_a_gate_whose_breaker_has_seen_a_failure_is_not_as_new() -> None:
+    gate = make_gate(breaker=BreakerPolicy(failures=2))
+    gate.ended("a", 1, 0.0, False)
+    assert not gate.is_as_new(0.0)
+    gate.ended("a", 1, 0.0, True)
+    assert gate.is_as_new(0.0)
+    gate.keep_shut(0.0)
+    assert not gate.is_as_new(99.0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
 from core.support import Trial, make_attempt, make_lane
 
 from qengine import Task
-from qengine.core.lane import handful_of
+from qengine.core.lane import Feed, FeedKind, handful_of
 from qengine.core.quota import Ledger
 
 
@@ -48,6 +49,16 @@ def test_a_lane_that_made_no_call_does_not_make_the_run_longer() -> None:
     trial.succeed(attempt, 3.0)
     trial.steps(3.0)
     assert trial.run.makespan == 2.0
+
+
+def test_a_pull_goes_on_to_the_next_node_until_it_has_brought_enough() -> None:
+    feed = Feed(FeedKind.QUERIES, tuple, str, label="plan.queries")
+    feed.enough = 2
+    feed.rest = deque([((), 0, "next"), ((), 0, "last")])
+    assert not feed.goes_on(2)
+    assert feed.goes_on(1) and feed.node == "next"
+    assert feed.goes_on(0) and feed.node == "last"
+    assert not feed.goes_on(0), "there is no other"
 
 
 # ---- a quota ---------------------------------------------------------------------------------------------------------
@@ -96,3 +107,32 @@ def test_calls_that_were_not_counted_one_by_one_used_what_any_does() -> None:
     lane.calls = 3
     lane.count_usage({"tokens": 7}, None)
     assert lane.report(0.0).usage == {"calls": 3.0, "tokens": 7, "cost": 1.5}
+
+
+# ---- as if it were new -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("running", 1), ("abandoned", 1), ("active", True), ("raw", [(0, "a")]), ("fifo", ["a"]), ("heap", [((0,), "a")]),
+    ("taken", 1), ("delivered", 1), ("success_count", 1), ("resume_at", 3), ("batch_started", 1), ("batch_at", 6.0),
+    ("wake_at", 9.0), ("watching", True),
+])
+def test_a_lane_is_as_new_only_if_nothing_of_it_is_otherwise(field: str, value: Any) -> None:
+    lane = make_lane()
+    assert lane.is_as_new(5.0)
+    setattr(lane, field, value)
+    assert not lane.is_as_new(5.0)
+
+
+def test_a_lane_whose_tasks_all_have_their_results_is_as_new() -> None:
+    lane = make_lane(batch_size=2)
+    lane.taken = lane.delivered = lane.calls = 3
+    lane.success_count, lane.stats.failure_count, lane.batch_at = 2, 1, 5.0
+    assert lane.is_as_new(5.0)
+
+
+def test_a_lane_that_has_used_of_its_budget_is_not_as_new() -> None:
+    lane = make_lane(budget=3)
+    assert lane.is_as_new(0.0)
+    lane.taken = lane.delivered = lane.success_count = lane.calls = 1
+    assert not lane.is_as_new(0.0)

@@ -359,3 +359,26 @@ def test_what_nobody_wants_back_is_forgotten() -> None:
     take_as(limits, one, 1, 0.0)
     limits.forget(lambda owner: False)
     assert limits.history is None, "nothing more has to be remembered"
+
+
+# ---- as if they were new ---------------------------------------------------------------------------------------------
+
+
+def test_limits_are_as_new_when_all_that_was_taken_is_there_again() -> None:
+    limits = make_limits(PER_SECOND, Window(3, 10))
+    assert limits.is_as_new(0.0)
+    limits.try_take(2, 0.0, held=True)
+    assert not limits.is_as_new(5.0), "nobody knows when what is held runs out"
+    limits.settle(2, 6.0)
+    assert not limits.is_as_new(15.0)
+    assert limits.is_as_new(16.0)
+    limits.charge(1, 16.0)
+    assert not limits.is_as_new(16.5), "half a token is missing"
+
+
+def test_limits_are_not_as_new_while_something_may_be_taken_back() -> None:
+    limits = make_limits(PER_SECOND)
+    take_as(limits, "owner", 1, 0.0)
+    assert not limits.is_as_new(9.0)
+    limits.forget(lambda owner: False)
+    assert limits.is_as_new(9.0)

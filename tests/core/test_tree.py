@@ -14,7 +14,8 @@ from core.support import STEADY, Garden, Trial, answer, asked, drive, make_attem
 from qengine import Query, RateLimit, Task, TaskStatus
 from qengine.core.lane import Attempt, Feed, FeedKind, Lane
 from qengine.core.steps import DONE, Raised, Wait
-from qengine.core.tree import PULL_GRACE
+from qengine.core.tree import PULL_GRACE, Found
+from qengine.drivers.calls import pull_now
 
 SUCCEEDED, FAILED, ERROR, TIMEOUT, CANCELLED, SKIPPED = TaskStatus
 
@@ -313,9 +314,9 @@ def test_no_code_of_a_nodes_runs_in_the_core() -> None:
             arrived = len(step.arrived)
             ended = False
             if step.iterator is None:
-                step.iterator = iter(step.open_fn())
+                step.iterator = iter(step.open())
             try:
-                step.arrived.append(step.prepare(next(step.iterator)))
+                step.arrived.append(step.ready(next(step.iterator)))
             except StopIteration:
                 ended = True
             pulling.clear()
@@ -456,7 +457,7 @@ def test_what_two_answers_about_one_node_open_is_asked_in_the_order_in_which_it_
 
 def test_nodes_of_one_place_are_asked_about_in_turns_of_a_handful() -> None:
     plan = Answers({"a": ["a1?", "a2?"], "x": [f"x{n}" for n in range(20)], "y": [f"y{n}" for n in range(20)]})
-    trial = trial_of(plan, make_lane(concurrency=2), roots="a")
+    trial = trial_of(plan, make_lane(concurrency=10), roots="a")
     one, two = trial.start(0.0)
     trial.succeed(one, 1.0, ["x"])
     trial.succeed(two, 1.0, ["y"])
@@ -465,10 +466,11 @@ def test_nodes_of_one_place_are_asked_about_in_turns_of_a_handful() -> None:
 
 
 def test_queries_are_made_ahead_for_a_quarter_of_the_lookahead() -> None:
-    plan = Answers({})
-    trial = trial_of(plan, make_lane(RateLimit(per_second=1), concurrency=2, lookahead=8), roots="abcdefghij")
-    assert asked(trial.start(0.0)) == ["a?"]
-    assert plan.made == ["a?", "b?", "c?"]
+    for lookahead, made in ((8, 3), (16, 4)):
+        plan = Answers({})
+        lane = make_lane(RateLimit(per_second=1), concurrency=2, lookahead=lookahead)
+        assert asked(trial_of(plan, lane, roots="abcdefghij").start(0.0)) == ["a?"]
+        assert len(plan.made) == made
 
 
 def test_more_are_made_ahead_only_of_what_goes_before() -> None:
@@ -504,3 +506,67 @@ def test_a_stop_after_the_last_of_all_has_left_nothing() -> None:
     trial = trial_of(Garden(), make_lane(), roots="a", max_failures=1)
     drive(trial, answer(1.0, Raised(OSError())))
     assert trial.run.stop_reason == "max_failures" and not trial.run.intake_cut
+
+
+def test_of_a_query_that_was_a_bare_payload_little_is_kept_where_nobody_listens() -> None:
+    plan = Garden(queries=lambda node, source: ["bare"] if node == "a" else [Query("a query of its own")])
+    for quiet in (True, False):
+        trial = trial_of(plan, make_lane(), quiet=quiet)
+        drive(trial, answer(1.0, ["x"]))
+        kept = [type(record) for record in trial.records]
+        assert kept == ([Found, Attempt] if quiet else [Attempt, Attempt])
+
+
+def test_a_tree_of_which_no_record_is_kept_is_asked_all_the_same() -> None:
+    lane = make_lane()
+    trial = trial_of(Garden({"a": ["a1"]}), lane, quiet=True)
+    trial.run.records = None
+    drive(trial, answer(1.0, ["x"]))
+    assert lane.success_count == 3
+
+
+def test_a_pull_goes_on_to_other_nodes_until_it_has_brought_enough() -> None:
+    plan = Answers({"b": [], "d": ["d1?", "d2?", "d3?"]})
+    lane = make_lane(concurrency=1, lookahead=24)
+    trial = trial_of(plan, lane, roots="abcdefghijkl")
+    pulls = []
+    while isinstance(step := trial.run.next(0.0), Feed):
+        before = len(plan.made)
+        trial.obey_pull(step, 0.0)
+        if step is not trial.run.intake:
+            pulls.append(plan.made[before:])
+    assert pulls == [["a?", "c?", "d1?", "d2?", "d3?", "e?"]], "a quarter of 24, from the nodes that were ready"
+    assert isinstance(step, Attempt) and asked([step]) == ["a?"]
+
+
+def test_a_plan_that_fails_for_one_of_several_nodes_is_asked_about_the_others() -> None:
+    def queries(node: Any, source: Any) -> Iterable[Any]:
+        if node == "b":
+            raise ValueError(node)
+        return [f"{node}?"]
+
+    trial = trial_of(Garden({}, queries), make_lane(), roots="abc")
+    collect(trial)
+    assert Counter((record.payload.node, record.status) for record in trial.records) == Counter(
+        [("a", SUCCEEDED), ("b", ERROR), ("c", SUCCEEDED)]
+    )
+
+
+def test_a_slow_plan_is_asked_about_one_node_at_a_time() -> None:
+    lane = make_lane()
+    trial = trial_of(Garden(), lane, roots="abc")
+    roots = trial.run.next(0.0)
+    assert isinstance(roots, Feed)
+    trial.obey_pull(roots, 0.0)
+    feed = trial.run.next(0.0)
+    assert isinstance(feed, Feed) and feed.rest is not None and len(feed.rest) == 2
+    instants = iter(range(100))
+    trial.run.offered(feed, *pull_now(feed, lambda: float(next(instants))), 1.0)
+    assert lane.taken == 1
+    assert asked(drain(trial)) == ["a?", "b?", "c?"]
+
+
+def drain(trial: Trial) -> list[Attempt]:
+    """Drive it to its end; return what was started, in order."""
+    drive(trial, answer(1.0, []))
+    return [trial.records[index or 0] for _, _, index in trial.told("start")]

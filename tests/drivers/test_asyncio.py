@@ -86,6 +86,24 @@ def test_a_worker_whose_call_changed_a_variable_is_replaced_and_the_others_go_on
     assert len(set(tasks[:6])) == len(set(tasks[6:])) == 1
 
 
+@pytest.mark.parametrize("lanes", [1, 10])
+def test_whatever_may_run_at_once_does(quietly: Quietly, lanes: int) -> None:
+    async def main() -> bool:
+        together, waiting = asyncio.Event(), list[int]()
+
+        async def meet(payload: int) -> None:
+            waiting.append(payload)
+            if len(waiting) == 60:
+                together.set()
+            await together.wait()
+
+        policy = ExecutionPolicy(concurrency=60 // lanes)
+        scheduler = AsyncTaskScheduler(meet, policy, lane_by=lambda payload: payload % lanes)
+        return (await asyncio.wait_for(scheduler.run(iter(range(60))), 10.0)).all_succeeded
+
+    assert quietly(main())
+
+
 def test_calls_that_never_wait_give_the_loop_a_turn_every_few_milliseconds(quietly: Quietly) -> None:
     async def busy(payload: int) -> None:
         until = monotonic() + 0.0002

@@ -197,6 +197,25 @@ def test_no_more_threads_are_hired_than_there_is_work() -> None:
     assert len(seen) <= 2
 
 
+def test_whatever_may_run_at_once_does() -> None:
+    """Two are called at a time, and each calls two more: the calls of all lanes meet all the same."""
+    together = threading.Barrier(60, timeout=10.0)
+    for lanes in (1, 10):
+        scheduler: TaskScheduler[int, int] = TaskScheduler(
+            lambda payload: together.wait(), ExecutionPolicy(concurrency=60 // lanes), lane_by=lambda n, k=lanes: n % k
+        )
+        assert scheduler.run(iter(range(120))).all_succeeded
+
+
+def test_for_short_calls_few_of_many_threads_are_hired() -> None:
+    hired = set[int]()
+    scheduler = TaskScheduler(
+        lambda payload: hired.add(threading.get_ident()), ExecutionPolicy(concurrency=2), lane_by=lambda n: n % 300
+    )
+    assert scheduler.run(range(3000)).all_succeeded
+    assert len(hired) < 150, "of 600 that may be"
+
+
 def test_a_system_that_gives_no_more_threads_costs_one_item(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
     hired: list[str] = []
