@@ -123,8 +123,7 @@ class Run:
         self._last_end = -INF
         self._index = 0
         self._keys: set[Any] = set()
-        self._smooth: list[Lane] = []  # lanes that have nothing but turns like most: see `turn`
-        self._drips = False  # whether the feed is slow: it is pulled item by item beside what runs, at every turn
+        self._smooth: dict[Lane, None] = {}  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
         self._held = False
@@ -211,7 +210,6 @@ class Run:
         lane = attempt.lane
         if (
             lane.calm is not lane.gate.calm
-            or self._drips
             or now >= self.due_at
             or not attempt.is_plain
             or type(outcome) is Raised
@@ -233,7 +231,6 @@ class Run:
         if (
             (delivered < lane.resume_at or self._refills(lane, now))
             and lane.raw
-            and not lane.fifo
             and (budget is None or budget >= 1)
             and (take_call is None or take_call(now, CATCH_UP))
         ):
@@ -262,15 +259,16 @@ class Run:
             not self._watched
             and not lane.accounts
             and not lane.heap
+            and not lane.fifo
             and not lane.abandoned
+            and (self._feed is None or not self._feed.slow)
             and lane.first_answer is not None
             and self._cap == INF  # else other lanes may be waiting for the place
             and gate.is_calm(now)
             and self._scan_at <= now + lane.timeout
             and self.stop_reason is None
         ):
-            if lane.calm is None:
-                self._smooth.append(lane)
+            self._smooth[lane] = None
             lane.calm = calm
             lane.take_call = gate.take_call if gate.active else None
 
@@ -297,7 +295,8 @@ class Run:
         was_late, feed.was_late = feed.was_late, took > SLOW_PULL
         feed.slow = (was_late and feed.was_late) or took > HELD_UP
         feed.ended = ended
-        self._drips = feed.slow and not ended
+        if feed.slow:
+            self._ruffle()  # it is pulled item by item beside what runs, at every turn
         if self._tree is not None:
             self._tree.returned(feed, ended)
         if error is not None:
@@ -339,7 +338,7 @@ class Run:
         if len(kept) < len(self.lanes):
             self.lanes = kept  # before the others have it: whoever looks on counts nothing twice
             self.others = others
-            self._smooth = [lane for lane in self._smooth if lane.joined]
+            self._smooth = {lane: None for lane in self._smooth if lane.joined}
         return len(kept)
 
     def thinned(self, now: float) -> None:
@@ -646,7 +645,7 @@ class Run:
             return self._pull(feed, now)
         if lane.running >= lane.concurrency:
             return None
-        if lane.raw and not lane.fifo and lane.calm is lane.gate.calm and self._takes_one(lane, now):
+        if lane.raw and lane.calm is lane.gate.calm and self._takes_one(lane, now):
             index, payload = lane.raw.popleft()
             fresh = Attempt(payload, None, lane)
             fresh.index = index
@@ -668,6 +667,7 @@ class Run:
             if lane.guarded or lane.gate.active:
                 until = self._ask_gates(lane, attempt, now)
                 if until > now:
+                    lane.calm = None  # it has a task that goes before the bare payloads
                     if until < lane.wake_at:
                         lane.wake_at = until
                         self._set_timer(until, Timer.LANE, lane)

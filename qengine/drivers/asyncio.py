@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sized
 from contextvars import Context, ContextVar
 from functools import partial
 from threading import get_ident
@@ -225,6 +225,7 @@ class TaskCrew(Crew):
         run, turn, inbox, ready = self.run, self.run.turn, self._inbox, self._ready
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
+        told: Sized = inbox if alone else (True,)  # something is there that the pump is to see to
         set_current_worker(worker, self.clock)
         count, base = len(context), tuple(context.items())
         task = asyncio.current_task()
@@ -255,7 +256,7 @@ class TaskCrew(Crew):
                                 self._retire(worker, work, outcome)
                                 return
                             now = now_fn()
-                            if not alone or inbox:
+                            if told:
                                 break
                             # What the pump would do, in short: where nothing else is to be done, this is all.
                             step = turn(work, outcome, now)
