@@ -1113,7 +1113,7 @@ def test_a_consumer_that_is_cancelled_elsewhere_leaves_nothing_when_the_stream_i
     async def main() -> None:
         executor = ASYNC(behave, BEHAVED)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(consume(executor), 0.01)
+            await asyncio.wait_for(consume(executor), 0.1)
         assert len(asyncio.all_tasks()) == 1
         assert executor.last_report is not None and executor.last_report.stop_reason == "closed"
 

@@ -7,6 +7,7 @@ import datetime as dt
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -384,7 +385,11 @@ def test_what_nobody_picked_up_is_given_back() -> None:
         stream.close()
         ended.set()
         assert stream.report is not None
-        assert quota.used + quota.reserved == stream.report.by_source["s"].calls == len(begun)
+        calls = stream.report.by_source["s"].calls
+        until = monotonic() + 5.0
+        while len(begun) < calls and monotonic() < until:
+            pass        # a worker has picked it up, and is about to begin
+        assert quota.used + quota.reserved == calls == len(begun)
         assert quota.reserved == 0
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
@@ -441,11 +441,15 @@ def test_an_interrupt_in_the_loop_leaves_an_executor_that_works(quietly: Quietly
     # As Ctrl-C: asyncio takes care of SIGINT alone; what another signal's handler raises may hit it anywhere.
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     rng = random.Random(3)
+
+    def inputs() -> Iterator[int]:      # the first of them arms it: before, there is no loop to be interrupted
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0005, 0.01))
+        yield from range(100_000)
+
     try:
         for _ in range(15):
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0005, 0.01))
             try:
-                asyncio.run(executor.run(iter(range(100_000))))
+                asyncio.run(executor.run(inputs()))
             except KeyboardInterrupt:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
