@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -382,3 +383,16 @@ def test_limits_are_not_as_new_while_something_may_be_taken_back() -> None:
     assert not limits.is_as_new(9.0)
     limits.forget(lambda owner: False)
     assert limits.is_as_new(9.0)
+
+
+def test_one_call_without_the_lock_overwrites_nothing_that_came_in_between() -> None:
+    came: list[float] = []
+
+    def nobody() -> int:
+        if not came:
+            came.append(limits.try_take(1, 0.0))
+        return 0
+
+    limits = LimitSet([RateLimit(per_second=1, burst=2)], 0.0, nullcontext(), others=nobody)
+    assert limits.take_call(0.0, 0.0) and came == [0.0]
+    assert not limits.take_call(0.0, 0.0)
