@@ -140,3 +140,21 @@ def test_many_keys_leave_fewer_lanes_and_all_that_was_done(monkeypatch: pytest.M
     assert len(trial.run.lanes) < 400 == len(lanes.made)
     assert trial.run.others is not None
     assert trial.run.others.success_count + sum(lane.success_count for lane in trial.run.lanes) == 400
+
+
+def test_lanes_of_tasks_from_outside_are_forgotten_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qengine.core.run.LANES_KEPT", 4)
+    trial = Trial(make_lane(), inputs=())
+    assert trial.feed is not None
+    trial.feed.pulling = trial.feed.slow = True
+    seen = []
+    for number in range(40):
+        lane = make_lane(name=str(number))
+        trial.run.submitted(make_attempt(number, lane), 0.0)
+        (attempt,) = trial.start(0.0)
+        trial.succeed(attempt, 0.0)
+        lane.delivered += lane.taken - lane.delivered
+        seen.append(len(trial.run.lanes))
+    assert max(seen) <= 8 and seen[:2] == [2, 3]
+    assert trial.run.others is not None
+    assert trial.run.others.calls + sum(lane.calls for lane in trial.run.lanes) == 40

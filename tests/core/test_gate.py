@@ -302,3 +302,16 @@ def test_a_gate_whose_breaker_has_seen_a_failure_is_not_as_new() -> None:
     assert gate.is_as_new(0.0)
     gate.keep_shut(0.0)
     assert not gate.is_as_new(99.0)
+
+
+def test_who_has_left_is_woken_by_no_outcome_neither_here_nor_elsewhere() -> None:
+    shared, woken = make_limits(Window(1, 10)), list[str]()
+    one, other = (Gate([shared], None, nullcontext()) for _ in range(2))
+    one.admit("a", 1, 0.0)
+    other.watch("left", lambda: woken.append("left"))
+    other.watch("stays", lambda: woken.append("stays"))
+    other.leave("left")
+    other.leave("never came")
+    one.ended("a", 1, 1.0, True)
+    other.ended("b", 1, 1.0, True)
+    assert set(woken) == {"stays"}

@@ -105,3 +105,23 @@ def test_whatever_the_order_of_coming_all_are_taken_once(ordered: bool) -> None:
                 taken += consumer.take()
         taken += consumer.take()
         assert taken == (list(range(30)) if ordered else indices)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_an_interrupted_consumer_was_taking_is_saved_once(ordered: bool) -> None:
+    shelf, left = Consumer(ordered).shelf, list[Attempt]()
+    shelf.saved(left)
+    assert left == [], "he was taking nothing"
+    first, second = result(0), result(1)
+    shelf.put(first)
+    shelf.handing = first       # noted, but not taken out: who empties the shelf finds it
+    shelf.saved(left)
+    assert left == []
+    assert shelf.take() is first
+    shelf.saved(left)
+    shelf.saved(left)
+    assert left == [first]
+    shelf.put(second)
+    assert shelf.take() is second
+    shelf.saved(left)
+    assert left == [first, second]
