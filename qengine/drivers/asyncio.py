@@ -74,12 +74,6 @@ class Inbox(Generic[T]):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def take_all(self) -> list[T]:
-        """Take out all that there is."""
-        items = list(self._items)
-        self._items.clear()
-        return items
-
     async def get(self) -> T:
         """Take the oldest out, waiting for it."""
         while not self._items:
