@@ -9,6 +9,7 @@ series for a monitor.  A source is named as in reports; no payload and no value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import RLock
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from .core.breaker import BreakerState
 from .core.gate import Gate
 from .core.lane import Lane
+from .core.purse import Budget
 from .core.quota import Allowance
 from .errors import refuse, require_kind
 from .forks import restart_after_fork
@@ -35,8 +37,8 @@ class SourceCounters:
     Counters: `calls` started, and what became of the tasks; `skipped` by reason, `usage` by unit (but for "calls");
     `busy_seconds` and `usage` are of the calls that are over.  How it stands: calls `running`, tasks
     `queued` (that wait for their first call or their next), calls `hanging` (given up and not back yet), `breaker`
-    ("closed", "open", "half open"), `remaining_budget` of the runs in progress, `remaining_quota` in its `quota_unit`;
-    None where there is none.
+    ("closed", "open", "half open"; None where there is none), and by unit what is `remaining` of budgets, of the runs
+    in progress, and of quotas: the least where there are several.
     """
 
     calls: int = 0
@@ -52,9 +54,7 @@ class SourceCounters:
     queued: int = 0
     hanging: int = 0
     breaker: str | None = None
-    remaining_budget: float | None = None
-    remaining_quota: float | None = None
-    quota_unit: str = ""
+    remaining: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +135,6 @@ def _breaker(source: SourceCounters) -> Samples:
             yield (("state", state.value),), int(source.breaker == state.value)
 
 
-def _quota(source: SourceCounters) -> Samples:
-    if source.remaining_quota is not None:
-        yield (("unit", source.quota_unit),), source.remaining_quota
-
-
 _BY_SOURCE: dict[str, Callable[[SourceCounters], Samples]] = {
     "calls_total": _one("calls"),
     "successes_total": _one("success_count"),
@@ -154,8 +149,7 @@ _BY_SOURCE: dict[str, Callable[[SourceCounters], Samples]] = {
     "queued": _one("queued"),
     "hanging": _one("hanging"),
     "breaker_state": _breaker,
-    "remaining_budget": _one("remaining_budget"),
-    "remaining_quota": _quota,
+    "remaining": _each("remaining", "unit"),
 }
 
 _HELP = {
@@ -174,8 +168,7 @@ _HELP = {
     "queued": "Tasks taken that wait for their first call or their next.",
     "hanging": "Calls given up that have not returned.",
     "breaker_state": "1 for the state that the circuit breaker is in, 0 for the others.",
-    "remaining_budget": "What the budgets of runs in progress have left.",
-    "remaining_quota": "What the quota has left in this period, by unit.",
+    "remaining": "What the budgets of runs in progress and the quotas have left, by unit.",
 }
 
 
@@ -216,7 +209,7 @@ def seen(lane: Lane) -> SourceReport:
     alike = lane.calls - lane.running - lane.singled_out  # calls that are over, and have used what any does
     report.calls = lane.calls
     if alike > 0:
-        for unit, used in lane.used_by(1).items():
+        for unit, used in lane.tariff.used_by(1).items():
             report.usage[unit] = report.usage.get(unit, 0.0) + used * alike
     return report
 
@@ -285,7 +278,7 @@ class _State(NamedTuple):
     past: Mapping[str, Counts] = {}  # of runs that are over
     shown: Mapping[str, Counts] = {}  # the last snapshot
     hung: tuple[Lane, ...] = ()  # of runs that are over, with calls that hang
-    shared: Mapping[str, tuple[Gate, Allowance | None]] = {}  # what outlives a run
+    shared: Mapping[str, tuple[Gate, list[Allowance]]] = {}  # what outlives a run
 
     @property
     def totals(self) -> dict[str, Counts]:
@@ -329,8 +322,8 @@ class Tally:
             totals, shared = state.totals, dict(state.shared)
             _add(totals, _seen_of(over))
             for lane in ended:
-                if lane.name in totals and (lane.gate.breaker is not None or lane.quota is not None):
-                    shared[lane.name] = lane.gate, lane.quota
+                if lane.name in totals and (lane.gate.breaker is not None or _quotas(lane)):
+                    shared[lane.name] = lane.gate, _quotas(lane)
             return state._replace(
                 live=tuple(crew for crew in state.live if crew not in over),
                 past=totals,
@@ -377,24 +370,40 @@ def _gauges(state: _State) -> dict[str, dict[str, Any]]:
     shared = dict(state.shared)
     lanes = [lane for crew in state.live for lane in tuple(crew.run.lanes)]
     for lane in lanes:
-        gauge = gauges.setdefault(_label(lane.name, known), {"running": 0, "queued": 0})
+        gauge = gauges.setdefault(_label(lane.name, known), {"running": 0, "queued": 0, "remaining": {}})
         running = lane.running
         gauge["running"] += running
         gauge["queued"] += max(0, lane.taken - lane.ended_count - running)
-        if lane.budget is not None:
-            gauge["remaining_budget"] = gauge.get("remaining_budget", 0) + lane.budget
+        for unit, left in _budgets(lane):
+            gauge["remaining"][unit] = gauge["remaining"].get(unit, 0) + left
         if lane.name in known:
-            shared[lane.name] = lane.gate, lane.quota
+            shared[lane.name] = lane.gate, _quotas(lane)
     for lane in dict.fromkeys([*lanes, *state.hung]):
         gauge = gauges.setdefault(_label(lane.name, known), {})
         gauge["hanging"] = gauge.get("hanging", 0) + lane.abandoned
-    for label, (gate, quota) in shared.items():
+    for label, (gate, quotas) in shared.items():
         gauge = gauges.setdefault(label, {})
         if gate.breaker is not None:
             gauge["breaker"] = gate.breaker.state.value
-        if quota is not None:
-            gauge["remaining_quota"], gauge["quota_unit"] = quota.remaining, quota.unit
+        for quota in quotas:
+            remaining = gauge.setdefault("remaining", {})
+            remaining[quota.unit] = min(quota.remaining, remaining.get(quota.unit, math.inf))
     return gauges
+
+
+def _budgets(lane: Lane) -> Iterator[tuple[str, float]]:
+    """Give what a lane's budgets have left, by unit."""
+    if lane.budget is not None:
+        yield "calls", lane.budget
+    for allowance in () if lane.purse is None else lane.purse.allowances:
+        if isinstance(allowance, Budget):
+            yield allowance.unit, allowance.remaining
+
+
+def _quotas(lane: Lane) -> list[Allowance]:
+    """Return what a lane may use in periods of the calendar: it outlives a run."""
+    allowances = () if lane.purse is None else lane.purse.allowances
+    return [allowance for allowance in allowances if not isinstance(allowance, Budget)]
 
 
 def _source_counters(counts: Counts, gauges: Mapping[str, Any]) -> SourceCounters:

@@ -24,7 +24,7 @@ from .errors import optional, refuse, require_callable, require_kind
 from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
-from .policy import ExecutionPolicy, StopConditions, refuse_beyond_budget
+from .policy import ExecutionPolicy, StopConditions, calls_of, check_quota, refuse_beyond_budget
 from .session import (
     Face,
     OwnedGate,
@@ -177,7 +177,8 @@ class FunctionFace(Reporting, Generic[P, V]):
         refuse_async_predicate("policy.retry.retry_on", policy.retry)
         check_live_limits(policy.limits, stage.clock)
         if lane_by is None:  # else there may be any number of lanes, and each has that budget
-            refuse_beyond_budget(policy.stop, policy.budget, only_calls_fail=key is None and not policy.limits)
+            calls = calls_of(policy.budget)
+            refuse_beyond_budget(policy.stop, calls, only_calls_fail=key is None and not policy.limits)
         self.stage = stage
         self.tally = Tally()
         self._fn = fn
@@ -249,11 +250,11 @@ class FunctionFace(Reporting, Generic[P, V]):
                 key,
                 lambda clock: OwnedGate(self.policy.limits, self.policy.breaker, clock, self.others),
             )
-            lane = self._lane_behind(gate, name, call)
+            lane = self._lane_behind(stage, gate, name, call)
             if stage is not self.stage or self.gates.lend(key, lane, stage.clock.now()):
                 return lane
 
-    def _lane_behind(self, gate: Gate, name: str, call: Callable[[Any], Any]) -> Lane:
+    def _lane_behind(self, stage: Stage, gate: Gate, name: str, call: Callable[[Any], Any]) -> Lane:
         policy = self.policy
         return Lane(
             name,
@@ -264,7 +265,8 @@ class FunctionFace(Reporting, Generic[P, V]):
             retry=policy.retry,
             retries_timeouts=self._retries_timeouts,
             timeout=policy.timeout,
-            budget=policy.budget,
+            budget=calls_of(policy.budget),
+            allowances=stage.allowances(policy.budget, check_quota("quota", policy.quota)),
             batch_size=policy.batch_size,
             batch_backoff=policy.batch_backoff,
             max_abandoned=policy.max_abandoned,

@@ -226,15 +226,43 @@ def made_result(
     return result
 
 
+class Quantiles(Protocol):
+    """How long calls took."""
+
+    def quantile(self, q: float) -> float | None:
+        """Return the seconds that a share `q` of the calls took at most; None if there were none."""
+
+    def merge(self, other: Any) -> None:
+        """Add the calls of another of the same kind."""
+
+
+class _Timed:
+    """What knows how long its calls took.  Not a field: it is no plain value, and makes no copy and no text of one."""
+
+    __slots__ = ("_times",)
+    _times: Quantiles | None
+
+    @property
+    def times(self) -> Quantiles | None:
+        """How long the calls took; None if nobody has said so, or it was lost on the way through pickle."""
+        return getattr(self, "_times", None)
+
+    @times.setter
+    def times(self, times: Quantiles | None) -> None:
+        self._times = times
+
+
 @dataclass(slots=True)
-class SourceReport:
+class SourceReport(_Timed):
     """What one source, or one lane, did in a run.
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
-    `RateLimitError`; `usage` is the sum of its results' usage, and `cost` that of the unit "cost"; `first_at` and
-    `last_at` are the instants of its first and last answer, in seconds since the run's start.  `remaining_quota` is
-    what its quota had left at the end, in the quota's unit; `remaining_budget` the calls it could still have made: the
-    smaller of budget and quota, where that counts calls.  None where there is none.
+    `RateLimitError`; `usage` is by unit what they used in all, `cost` and `tokens` are its units of that name.
+    `busy_seconds` is the time that they took, and `p50`, `p95`, `p99` and `latency(q)` say how long each did, failed
+    ones and those that were given up included, to within 1 %; None where there was none.  `first_at` and `last_at` are
+    the instants of the first and last answer, in seconds since the run's start.  `remaining` is by unit what budgets
+    and quotas had left at the end, the least where there are several; `remaining_budget` the calls that it could still
+    have made, None where nothing counts them.
     """
 
     name: str
@@ -246,10 +274,8 @@ class SourceReport:
     retries: int = 0
     throttled: int = 0
     busy_seconds: float = 0.0
-    cost: float = 0.0
     usage: dict[str, float] = field(default_factory=dict)
-    remaining_budget: float | None = None
-    remaining_quota: float | None = None
+    remaining: dict[str, float] = field(default_factory=dict)
     first_at: float | None = None
     last_at: float | None = None
 
@@ -257,6 +283,43 @@ class SourceReport:
     def skipped_count(self) -> int:
         """Tasks never tried."""
         return sum(self.skipped.values())
+
+    @property
+    def cost(self) -> float:
+        """The usage of the unit "cost": what its calls cost."""
+        return self.usage.get("cost", 0.0)
+
+    @property
+    def tokens(self) -> float:
+        """The usage of the unit "tokens"."""
+        return self.usage.get("tokens", 0.0)
+
+    @property
+    def remaining_budget(self) -> float | None:
+        """The calls that budgets and quotas had left; None where there is none of calls."""
+        calls = self.remaining.get("calls")
+        return None if calls is None else max(0, calls)
+
+    def latency(self, q: float) -> float | None:
+        """Return the seconds that a share `q` of its calls, in [0, 1], took at most; None if there were none."""
+        if not 0 <= require_number("q", q) <= 1:
+            refuse("q", q, "a number in [0, 1]")
+        return None if self.times is None else self.times.quantile(q)
+
+    @property
+    def p50(self) -> float | None:
+        """The seconds that half of its calls took at most."""
+        return self.latency(0.50)
+
+    @property
+    def p95(self) -> float | None:
+        """The seconds that 95 % of its calls took at most."""
+        return self.latency(0.95)
+
+    @property
+    def p99(self) -> float | None:
+        """The seconds that 99 % of its calls took at most."""
+        return self.latency(0.99)
 
     def add(self, other: SourceReport) -> None:
         """Add what another one did."""
@@ -269,11 +332,13 @@ class SourceReport:
         first = [at for at in (self.first_at, other.first_at) if at is not None]
         last = [at for at in (self.last_at, other.last_at) if at is not None]
         self.first_at, self.last_at = min(first, default=None), max(last, default=None)
+        if self.times is None:
+            self.times = other.times
+        elif other.times is not None:
+            self.times.merge(other.times)
 
 
-_SUMS = (
-    "calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "busy_seconds", "cost"
-)
+_SUMS = ("calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "busy_seconds")
 
 OTHERS = "(others)"
 """The name under which a report sums up lanes that were forgotten, for there were too many."""
@@ -417,8 +482,14 @@ class CollectionReport(RunReport[P, Any]):
 class Event:
     """One thing that happened in a run, at `at` seconds of its clock.
 
-    Kinds: "start", "answer", "retry", "throttled", "timeout", "late", "result", "breaker_opened", "stop".  `number` is
-    the attempt's; `detail` the status, the reason or the error's class.
+    Every attempt has a "start" and one end: "answer", "timeout", "abandoned" (given up for another reason) or "revoked"
+    (given up, and no worker had begun with it, so that it does not count).  Each "result" is a task's.  The others:
+    "retry", "throttled", "rerouted" (to another source), "late" (the answer of a call that was given up),
+    "breaker_opened", "concurrency" (an adaptive one has changed), "stop".
+
+    `number` is the attempt's; `detail` the status, the reason, the error's class, or the number that is new.  `usage`
+    is what the attempt used, at its end; None at all other events.  It is taken back when it is revoked.  So the sum
+    over a source's events is the `usage` of its report.
     """
 
     kind: str
@@ -427,6 +498,7 @@ class Event:
     index: int | None = None
     number: int = 0
     detail: str = ""
+    usage: Mapping[str, float] | None = field(default=None, hash=False)
 
 
 @runtime_checkable

@@ -7,8 +7,8 @@ a ValueError or TypeError that names it, before anything has started.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from .errors import (
@@ -111,6 +111,68 @@ def check_limits(name: str, limits: object) -> tuple[Limit, ...]:
         if not isinstance(limit, (RateLimit, Window, LiveLimit)):
             refuse_type(f"an item of {name}", limit, "a RateLimit, Window or RateLimiter")
     return tuple(limits)
+
+
+Budgets = int | Mapping[str, float]
+"""Attempts, or what may be used by unit."""
+
+
+def check_budget(name: str, budget: object) -> Budgets | None:
+    """Refuse what is no budget; return it, a mapping as a dict of its own."""
+    if budget is None or not isinstance(budget, Mapping):
+        optional(require_count, name, budget, 0)
+        return budget  # type: ignore[return-value]  # checked
+    if not budget:
+        refuse(name, budget, "None for no budget, or one or more units")
+    for unit, limit in budget.items():
+        if not require_kind(f"a unit of {name}", unit, str):
+            refuse(f"a unit of {name}", unit, "a word that is not empty")
+        where = f"{name}[{unit!r}]"
+        if unit == "calls":
+            require_count(where, limit, 0)
+        else:
+            require_at_least(where, limit, 0.0)
+    return dict(budget)
+
+
+def calls_of(budget: Budgets | None) -> int | None:
+    """Return how many attempts a budget is of; None for no bound."""
+    return budget.get("calls") if isinstance(budget, Mapping) else budget  # type: ignore[return-value]  # a count
+
+
+def check_cost(name: str, cost: object) -> float | Mapping[str, float]:
+    """Refuse what is neither a number of 0 or more nor a mapping from unit to such prices."""
+    if not isinstance(cost, Mapping):
+        return require_at_least(name, cost, 0.0)
+    for unit, price in cost.items():
+        if not require_kind(f"a unit of {name}", unit, str) or unit == "cost":
+            refuse(f"a unit of {name}", unit, "what has a price, such as 'calls' or 'tokens'")
+        require_at_least(f"{name}[{unit!r}]", price, 0.0)
+    return cost
+
+
+@runtime_checkable
+class LiveQuota(Protocol):
+    """What counts how much is used in a period of the calendar: `Quota` is one."""
+
+    def as_account(self) -> Any:
+        """Return the state as an engine takes from it."""
+
+
+def check_quota(name: str, quota: object) -> tuple[LiveQuota, ...]:
+    """Refuse what is neither a quota nor a sequence of different ones; return a tuple of them."""
+    allowed = "a Quota, or a sequence of different ones"
+    if quota is None:
+        return ()
+    quotas = [quota] if isinstance(quota, LiveQuota) else quota
+    if isinstance(quotas, str) or not isinstance(quotas, Sequence):
+        refuse_type(name, quota, allowed)
+    for one in quotas:
+        if not isinstance(one, LiveQuota):
+            refuse_type(f"an item of {name}" if quotas is quota else name, one, allowed)
+    if len(set(map(id, quotas))) < len(quotas):
+        refuse(name, quota, allowed)
+    return tuple(quotas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +337,10 @@ class ExecutionPolicy:
         batch_backoff: Seconds between the last result of a batch and the first start of the next.
         retry, stop: See there.
         timeout: Seconds for one attempt, waiting excluded.
-        budget: Attempts a lane may use in one run; None for no bound.
+        budget: Attempts a lane may use in one run; or what it may use by unit, as in {"calls": 100, "cost": 2.5}: what
+            a call is to use is reserved when it starts, and settled by what it has recorded when it is over.  None for
+            no bound.  With several sources it is of all of them together.
+        quota: A live `Quota`, or several: what may be used in a period of the calendar, by all who share it.
         breaker: See there; None for none.
         lookahead: Inputs taken beyond those that run, for each lane.
         max_abandoned: Hung calls given up, and not back yet, at which a lane starts no more: its breaker opens, and
@@ -290,7 +355,8 @@ class ExecutionPolicy:
     retry: RetryPolicy = RetryPolicy()
     stop: StopConditions = StopConditions()
     timeout: float | None = None
-    budget: int | None = None
+    budget: Budgets | None = field(default=None, hash=False)
+    quota: LiveQuota | Sequence[LiveQuota] | None = None
     breaker: BreakerPolicy | None = None
     lookahead: int = 64
     max_abandoned: int | None = None
@@ -305,7 +371,9 @@ class ExecutionPolicy:
         require_kind("retry", self.retry, RetryPolicy)
         require_kind("stop", self.stop, StopConditions)
         optional(require_positive, "timeout", self.timeout)
-        optional(require_count, "budget", self.budget, 0)
+        object.__setattr__(self, "budget", check_budget("budget", self.budget))
+        if self.quota is not None:
+            object.__setattr__(self, "quota", check_quota("quota", self.quota))
         optional(require_kind, "breaker", self.breaker, BreakerPolicy)
         require_count("lookahead", self.lookahead, 0)
         optional(require_count, "max_abandoned", self.max_abandoned)

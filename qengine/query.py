@@ -8,7 +8,7 @@ source.  There is no barrier between levels, and no source waits for another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.place import ROOTS, level_of, place_below
+from .core.purse import Tariff
 from .core.run import Record
 from .core.steps import Raised
 from .core.tree import Found, NodeKey, Tree, place_of
@@ -28,15 +29,26 @@ from .errors import (
     optional,
     refuse,
     refuse_type,
-    require_at_least,
     require_callable,
     require_count,
     require_kind,
     require_positive,
 )
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
-from .policy import BreakerPolicy, Limit, RetryPolicy, StopConditions, check_limits, refuse_beyond_budget
-from .quota import Quota
+from .policy import (
+    BreakerPolicy,
+    Budgets,
+    Limit,
+    LiveQuota,
+    RetryPolicy,
+    StopConditions,
+    calls_of,
+    check_budget,
+    check_cost,
+    check_limits,
+    check_quota,
+    refuse_beyond_budget,
+)
 from .session import (
     Face,
     OwnedGate,
@@ -86,17 +98,21 @@ class Source:
             calls it in a worker thread, an async one for an AsyncQueryExecutor.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         concurrency: Calls at once.
-        budget: Calls in one run; None for no bound.
-        quota: A live `Quota`; None for none.  All who have the same one share it; what others hold counts as used.
-            Each attempt reserves what its query's amount is of the quota's unit (of "cost", what a call costs), and
-            when it ends commits that, or what it has recorded of the unit.
-            A query that finds too little left is SKIPPED as `budget_exhausted`, a retry keeps the failure it had.  The
-            quota goes by its own clock, also in a run on a VirtualClock: `now_fn=clock.wall_time` has its days pass.
+        budget: Calls in one run; or what it may use in one by unit, as in {"calls": 100, "cost": 2.5}.  None for no
+            bound.  What else than calls a call uses is reserved, by its task's amount (of "cost", by what such a call
+            costs), and settled when it is over by what it has recorded.  So a budget is exceeded by no more than what
+            the calls in flight use beyond their amounts.  A task that finds too little left is SKIPPED as
+            `budget_exhausted`, a retry keeps the failure it had; one that may still get what calls in flight have
+            reserved waits for them.
+        quota: A live `Quota`, or several; None for none.  As a budget, of a period of the calendar: all who have the
+            same one share it, and what others hold counts as used.  It goes by its own clock, also in a run on a
+            VirtualClock: `now_fn=clock.wall_time` has its days pass.
         breaker: When it is left alone after failures; None for never.
         retry: Whether and when a failed call is made again.
         timeout: Seconds for one call; None for no bound.
         accepts: Called with a Query; False has it SKIPPED as `unsupported`.  Under asyncio it may be async.
-        cost: What one call costs.
+        cost: What one call costs; or prices by unit, as in {"tokens": 2e-6}, that of "calls" for each.  A call that
+            records its tokens, or its cost, costs that.
         max_abandoned: Hung calls given up, and not back yet, at which it is asked no more; see ExecutionPolicy.
 
     Rate, window and breaker state belong to this object and hold across runs and executors.  Thread-safe.
@@ -108,14 +124,14 @@ class Source:
         fetch: Callable[[Query[Any]], Iterable[Any] | AsyncIterable[Any] | Awaitable[Iterable[Any]]],
         limits: Sequence[Limit] = (),
         concurrency: int = 1,
-        budget: int | None = None,
-        quota: Quota | None = None,
+        budget: Budgets | None = None,
+        quota: LiveQuota | Sequence[LiveQuota] | None = None,
         *,
         breaker: BreakerPolicy | None = None,
         retry: RetryPolicy = RetryPolicy(),
         timeout: float | None = None,
         accepts: Callable[[Query[Any]], bool | Awaitable[bool]] | None = None,
-        cost: float = 0.0,
+        cost: float | Mapping[str, float] = 0.0,
         max_abandoned: int | None = None,
     ) -> None:
         if not require_kind("name", name, str):
@@ -123,21 +139,19 @@ class Source:
         require_callable("fetch", fetch)
         optional(require_callable, "accepts", accepts)
         optional(require_kind, "breaker", breaker, BreakerPolicy)
-        optional(require_count, "budget", budget, 0)
-        optional(require_kind, "quota", quota, Quota)
         optional(require_positive, "timeout", timeout)
         optional(require_count, "max_abandoned", max_abandoned)
         self.name = name
         self.fetch = fetch
         self.limits = check_limits("limits", limits)
         self.concurrency = require_count("concurrency", concurrency)
-        self.budget = budget
-        self.quota = quota
+        self.budget = check_budget("budget", budget)
+        self.quotas = check_quota("quota", quota)
         self.breaker = breaker
         self.retry = require_kind("retry", retry, RetryPolicy)
         self.timeout = timeout
         self.accepts = accepts
-        self.cost = require_at_least("cost", cost, 0.0)
+        self.tariff = Tariff(check_cost("cost", cost))
         self.max_abandoned = max_abandoned
         refuse_async_predicate("retry.retry_on", retry)
         self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
@@ -156,10 +170,10 @@ class Source:
             retry=self.retry,
             retries_timeouts=timeout_verdict(self.retry),
             timeout=self.timeout,
-            budget=self.budget,
-            quota=None if self.quota is None else stage.account(self.quota),
+            budget=calls_of(self.budget),
+            allowances=stage.allowances(self.budget, self.quotas),
             max_abandoned=self.max_abandoned,
-            cost=self.cost,
+            tariff=self.tariff,
         )
 
     def __repr__(self) -> str:
@@ -219,7 +233,7 @@ class HierarchyFace(Reporting):
         self.plan = plan
         self.concurrency = concurrency
         self.stop = require_kind("stop", stop, StopConditions)
-        budgets = [source.budget for source in sources if source.budget is not None]
+        budgets = [calls for source in sources if (calls := calls_of(source.budget)) is not None]
         refuse_beyond_budget(stop, sum(budgets) if len(budgets) == len(sources) else None, only_calls_fail=False)
         self.lookahead = lookahead
         self._on_event = on_event

@@ -112,6 +112,11 @@ class Account:
         """What is neither reserved nor used in this period; below 0 after an overrun."""
         return self.current().remaining
 
+    @property
+    def unused(self) -> float:
+        """What is not used in this period, be it reserved or not; below 0 after an overrun."""
+        return self.current().unused
+
     def current(self) -> Ledger:
         """Return the counts, of the period it is now."""
         ledger = self._ledger
@@ -127,6 +132,10 @@ class Account:
         ledger = self.current()
         with self._lock:
             return ledger.reserve(amount)
+
+    def note(self) -> Hold:
+        """Reserve nothing, though there may be nothing, for what is expected to use nothing."""
+        return self.current().note()
 
     def fits(self, amount: float) -> bool:
         """Say whether an amount is there."""

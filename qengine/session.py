@@ -11,17 +11,20 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
+from functools import cached_property, partial
 from threading import Lock, RLock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
 from .core.lane import Attempt, Feed, Lane
+from .core.latency import Latencies
 from .core.limits import LimitSet
 from .core.place import level_of
+from .core.purse import Budget
+from .core.quota import Allowance
 from .core.run import Record, Run
 from .core.shelf import Shelf
 from .core.steps import Raised
@@ -36,17 +39,29 @@ from .events import Teller
 from .forks import restart_after_fork
 from .model import (
     DEADLINE,
+    OTHERS,
     CancellationToken,
     Event,
     RunReport,
+    SourceReport,
     TaskResult,
     TaskStatus,
     bare_query,
     bare_task,
     made_result,
 )
-from .policy import BreakerPolicy, Limit, LiveLimit, RateLimit, RetryPolicy, StopConditions, Window
-from .quota import Account, Quota
+from .policy import (
+    BreakerPolicy,
+    Budgets,
+    Limit,
+    LiveLimit,
+    LiveQuota,
+    RateLimit,
+    RetryPolicy,
+    StopConditions,
+    Window,
+)
+from .quota import Account
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -74,9 +89,16 @@ class Stage:
         gate = gates.get(key)
         return gates.setdefault(key, make(self.clock)) if gate is None else gate
 
-    def account(self, quota: Quota) -> Account:
+    def account(self, quota: LiveQuota) -> Account:
         """Return what a run takes from in the place of a quota."""
-        return quota.as_account()
+        account: Account = quota.as_account()
+        return account
+
+    def allowances(self, budget: Budgets | None, quotas: Sequence[LiveQuota]) -> list[Allowance]:
+        """Return what a run takes from: of a budget all that is not of calls, which a lane counts itself."""
+        units = budget if isinstance(budget, Mapping) else {}
+        budgets = [Budget(unit, limit) for unit, limit in units.items() if unit != "calls"]
+        return [*budgets, *map(self.account, quotas)]
 
 
 def threads_stage(clock: VirtualClock | None) -> Stage:
@@ -177,6 +199,68 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
     )
 
 
+class _Recorded:
+    """How long the calls took of which a run has kept little more than that; looked up once, by their source.
+
+    Those of sources that have no report of their own are of the others.
+    """
+
+    def __init__(self, records: Iterable[Record], names: Collection[str]) -> None:
+        self._records = records
+        self._names = names
+
+    @cached_property
+    def by_source(self) -> dict[str, Latencies]:
+        found: dict[str, Latencies] = {}
+        for record in self._records:
+            if isinstance(record, Found):
+                name, seconds = record.lane.name, record.ended_at - record.started_at
+            elif isinstance(record, tuple):
+                _, _, name, _, seconds = record
+            else:
+                continue
+            times = found.get(name)
+            if times is None:
+                times = found[name] = found.setdefault(name if name in self._names else OTHERS, Latencies())
+            times.add(seconds)
+        return found
+
+
+class _Times:
+    """How long the calls of one source took: those that were noted, and those that are in records.
+
+    It counts nothing before it is asked.
+    """
+
+    def __init__(self, noted: Any, recorded: _Recorded, name: str) -> None:
+        self._noted = noted
+        self._recorded = recorded
+        self._name = name
+
+    @cached_property
+    def _all(self) -> Latencies:
+        times = Latencies()
+        for part in (self._noted, self._recorded.by_source.get(self._name)):
+            if part is not None:
+                times.merge(part)
+        return times
+
+    def quantile(self, q: float) -> float | None:
+        return self._all.quantile(q)
+
+    def merge(self, other: _Times) -> None:
+        self._all.merge(other._all)
+
+
+def with_times(reports: Iterable[SourceReport], records: Iterable[Record]) -> dict[str, SourceReport]:
+    """Return the reports of a run by name, each of which knows how long its calls took."""
+    by_source = {report.name: report for report in reports}
+    recorded = _Recorded(records, by_source.keys())
+    for name, report in by_source.items():
+        report.times = _Times(report.times, recorded, name)
+    return by_source
+
+
 class Session:
     """One run with its crew, from its making to its report."""
 
@@ -208,7 +292,8 @@ class Session:
         self.clock = clock
         self._teller = Teller(on_event, self._interrupted, logs=tally is not None)
         self.interruption: KeyboardInterrupt | None = None
-        accounts = dict.fromkeys(lane.quota for lane in lanes if isinstance(lane.quota, Account))
+        paid_from = [allowance for lane in lanes if lane.purse is not None for allowance in lane.purse.allowances]
+        accounts = [account for account in dict.fromkeys(paid_from) if isinstance(account, Account)]
         self._accounts = [account for account in accounts if account.has_alerts]
         self._make_report = make_report
         self._aborted: str | None = None
@@ -348,7 +433,7 @@ class Session:
         extra = {} if self.tree is None else {"active_nodes": [key.node for key in self.tree.active]}
         return self._make_report(
             results=results,
-            by_source={report.name: report for report in run.reports()},
+            by_source=with_times(run.reports(), run.records or ()),
             stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else cut_short),
             intake_cut=run.intake_cut or cut_short is not None,
             abandoned=run.abandoned,
@@ -404,7 +489,7 @@ def _query_result(found: Found, wall_offset: float) -> TaskResult[Any, Any]:
         None,
         None,
         1,
-        {**lane.used_by(1), "calls": 1.0},
+        {**lane.tariff.used_by(1), "calls": 1.0},
         lane.name,
         found.started_at + wall_offset,
         found.ended_at - found.started_at,

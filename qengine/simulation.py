@@ -21,8 +21,9 @@ from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_duration, require_kind
 from .executor import FunctionFace
 from .model import CancellationToken, CollectionReport, Query, RunReport, Task
+from .policy import LiveQuota
 from .query import HierarchyFace
-from .quota import Account, Quota
+from .quota import Account
 from .session import Reporting, Stage, check_run, run_blocking
 
 P = TypeVar("P")
@@ -125,7 +126,7 @@ class _Prediction(Stage):
         self._begun_at = self._real.now()
         self._start = clock.now()
         self._twins: dict[object, LimitSet] = {}
-        self._accounts: dict[Quota, Account] = {}
+        self._accounts: dict[LiveQuota, Account] = {}
 
     def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
         """Return the twin of a gate, or of the one that there would be."""
@@ -134,11 +135,11 @@ class _Prediction(Stage):
             return gate.twin(self._begun_at, self._start, Lock, self._twins)
         return make(self._real).twin(self._real.now(), self.clock.now(), Lock, self._twins)
 
-    def account(self, quota: Quota) -> Account:
+    def account(self, quota: LiveQuota) -> Account:
         """Return the twin of a quota's state, for which it is now and whose days pass in the simulation."""
         account = self._accounts.get(quota)
         if account is None:
-            live = quota.as_account()
+            live = super().account(quota)
             offset = live.now_fn() - self._start
             account = self._accounts[quota] = live.twin(lambda: self.clock.now() + offset)
         return account

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from contract_support import WORLDS, Deaf, Pause, Ran, World
+from shared import timely, undisturbed
 
 from qengine import (
     BreakerPolicy,
@@ -365,7 +366,8 @@ def test_the_scenarios_tell_of_all_that_can_happen() -> None:
     kinds: set[str] = set()
     for scenario in SCENARIOS.values():
         kinds |= kinds_of(told(WORLDS["simulation"]().run(scenario.script(), *_plain(scenario), **scenario.options)))
-    assert kinds == {"start", "answer", "retry", "throttled", "timeout", "result", "breaker_opened", "stop"}
+    ends = {"answer", "timeout", "abandoned", "revoked"}
+    assert kinds == ends | {"start", "retry", "throttled", "result", "breaker_opened", "stop"}
 
 
 def _plain(scenario: Scenario) -> tuple[Any, ExecutionPolicy]:
@@ -849,6 +851,7 @@ def test_random_streams_have_one_log(stress_count: Callable[[int], int]) -> None
 # ---- an hour ---------------------------------------------------------------------------------------------------------
 
 
+@undisturbed
 def test_an_hour_simulates_in_under_a_second() -> None:
     policy = ExecutionPolicy(
         concurrency=8,
@@ -857,13 +860,12 @@ def test_an_hour_simulates_in_under_a_second() -> None:
         timeout=30.0,
         breaker=BreakerPolicy(),
     )
-    took = []
-    for _ in range(3):      # the best of them: the machine may have other things to do
-        events: list[Event] = []
-        begin = process_time()
-        report = simulate(TaskScheduler(str, policy, on_event=events.append), range(3600), latency=0.5)
-        took.append(process_time() - begin)
-        assert report.success_count == 3600
-        assert report.makespan >= 3599.5
-        assert len(events) == 3 * 3600
-    assert min(took) < (1.0 if sys.gettrace() is None else 10.0)        # to be traced, for coverage, costs more
+    events: list[Event] = []
+    begin = process_time()
+    report = simulate(TaskScheduler(str, policy, on_event=events.append), range(3600), latency=0.5)
+    took = process_time() - begin
+    assert report.success_count == 3600
+    assert report.makespan >= 3599.5
+    assert len(events) == 3 * 3600
+    with timely():
+        assert took < (1.0 if sys.gettrace() is None else 10.0)     # to be traced, for coverage, costs more

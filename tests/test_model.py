@@ -131,10 +131,10 @@ def test_all_succeeded_means_every_input(made: RunReport[Any, Any], all_succeede
 
 
 def test_sums_are_taken_over_the_sources() -> None:
-    one = SourceReport("one", retries=1, busy_seconds=2.0, cost=0.5, usage={"calls": 3.0, "tokens": 10.0})
-    two = SourceReport("two", retries=2, busy_seconds=1.0, cost=0.25, usage={"calls": 1.0}, skipped={"x": 2, "y": 1})
+    one = SourceReport("one", retries=1, busy_seconds=2.0, usage={"calls": 3.0, "tokens": 10.0, "cost": 0.5})
+    two = SourceReport("two", retries=2, busy_seconds=1.0, usage={"calls": 1.0, "cost": 0.25}, skipped={"x": 2, "y": 1})
     made = report(by_source={"one": one, "two": two})
-    assert made.usage == {"calls": 4.0, "tokens": 10.0}
+    assert made.usage == {"calls": 4.0, "tokens": 10.0, "cost": 0.75}
     assert (made.total_cost, made.total_tokens, made.busy_seconds, made.retries) == (0.75, 10.0, 3.0, 3)
     assert made.skipped_count == 3
     assert report().total_tokens == 0.0
@@ -171,7 +171,7 @@ def test_a_collection_has_its_items_flat_and_what_is_left() -> None:
     made: CollectionReport[Any] = CollectionReport(
         active_nodes=("n",), results=lambda: results, stop_reason=None, intake_cut=False, abandoned=0, makespan=0.0,
         started_at=0.0, finished_at=0.0,
-        by_source={"a": SourceReport("a", remaining_budget=3), "b": SourceReport("b")},
+        by_source={"a": SourceReport("a", remaining={"calls": 3}), "b": SourceReport("b")},
     )
     assert made.items == [1, 2, 3]
     assert made.active_nodes == ["n"]

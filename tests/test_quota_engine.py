@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from freezegun import freeze_time
-from shared import in_threads
+from shared import PATIENCE, in_threads
 
 from qengine import (
     BreakerPolicy,
@@ -108,7 +108,7 @@ def test_64_workers_and_a_quota_of_10_make_exactly_10_calls(run: Run, gated: boo
     assert {result.reason for result in report.results if result.status is SKIPPED} == {"budget_exhausted"}
     assert (quota.used, quota.reserved) == (10, 0)
     assert report.remaining_budgets == {"s": 0}
-    assert report.by_source["s"].remaining_quota == 0
+    assert report.by_source["s"].remaining[quota.unit] == 0
     assert report.by_source["s"].skipped == {"budget_exhausted": 190}
     with pytest.raises(BudgetExceededError):
         report.results[-1].unwrap()
@@ -137,7 +137,7 @@ def test_what_a_call_records_is_what_counts(run: Run) -> None:
         report = run_numbered(run, source, [Query(number, amount=400) for number in range(12)])
     assert statuses(report) == {SUCCEEDED: 7, SKIPPED: 5}      # at 700 used another 400 do not fit any more
     assert (quota.used, quota.reserved) == (700, 0)
-    assert report.by_source["s"].remaining_quota == 300
+    assert report.by_source["s"].remaining[quota.unit] == 300
     assert report.remaining_budgets == {"s": None}              # that would be calls
 
 
@@ -224,7 +224,7 @@ def test_budget_and_quota_both_hold_and_the_smaller_is_shown(budget: int) -> Non
     report = QueryExecutor([source], Flat()).run(range(20))
     assert statuses(report) == {SUCCEEDED: 3, SKIPPED: 17}
     assert report.remaining_budgets == {"s": 0}
-    assert report.by_source["s"].remaining_quota == 0
+    assert report.by_source["s"].remaining[quota.unit] == 0
 
 
 def test_one_waits_for_the_rate_and_has_reserved_nothing_meanwhile() -> None:
@@ -248,7 +248,7 @@ def test_a_refused_attempt_has_taken_nothing() -> None:
     second = Source("second", lambda query: [1], [RateLimit(per_hour=1, burst=2)], quota=quota)
     report = QueryExecutor([first, second], Flat(), clock=clock).run(range(3))
     assert report.success_count == 1 and report.skipped_count == 5
-    second.quota = None
+    second.quotas = ()
     report = QueryExecutor([second], Flat(), clock=clock).run(range(2))
     assert report.success_count == 2 and clock.now() == 0
 
@@ -376,7 +376,7 @@ def test_what_nobody_picked_up_is_given_back() -> None:
 
         def fetch(query: Query[Any], to: list[int] = begun, until: threading.Event = ended) -> list[int]:
             to.append(query.payload)
-            until.wait(5)
+            until.wait(PATIENCE)
             return [1]
 
         stream = QueryExecutor([Source("s", fetch, concurrency=8, quota=quota)], Flat()).stream(range(50))
@@ -386,7 +386,7 @@ def test_what_nobody_picked_up_is_given_back() -> None:
         ended.set()
         assert stream.report is not None
         calls = stream.report.by_source["s"].calls
-        until = monotonic() + 5.0
+        until = monotonic() + PATIENCE
         while len(begun) < calls and monotonic() < until:
             pass        # a worker has picked it up, and is about to begin
         assert quota.used + quota.reserved == calls == len(begun)

@@ -92,6 +92,7 @@ DRAWN = 250     # of so many seeds, each field of every policy in at least two
 NOT_DRAWN = {
     "Task.routes": "refused: a scheduler has one function",
     "Task.metadata": "handed through",
+    "ExecutionPolicy.quota": "test_quota_engine.py, and here those of sources",
     "Workload.seed": "names it",
     "Job.name": "names it",
     "Source.name": "names it",
@@ -331,7 +332,7 @@ FORGERIES: dict[str, tuple[Workload, Callable[[Seen], Seen], str]] = {
     "a makespan too short": (one_lane(WORK), lambda ran: forge(ran, makespan=0.01), "makespan 0.01"),
     "busy for too short": (one_lane(WORK), lambda ran: counted(ran, busy_seconds=0.01), "busy 0.01"),
     "calls used more": (one_lane(WORK), lambda ran: counted(ran, usage={"calls": 2.0}), "usage"),
-    "a rest of the budget": (one_lane(GOOD, budget=3), lambda ran: counted(ran, remaining_budget=3), "not 2"),
+    "a rest of the budget": (one_lane(GOOD, budget=3), lambda ran: counted(ran, remaining={"calls": 3}), "not 2"),
     "a call that hangs": (one_lane(HANG, timeout=0.05), lambda ran: forge(ran, abandoned=1), "1 abandoned, not 0"),
     "no call that hangs": (one_lane(DEAF, timeout=0.05), lambda ran: forge(ran, abandoned=0), "0 abandoned, not 1"),
     "a call that was not told to end": (
@@ -350,7 +351,7 @@ FORGERIES: dict[str, tuple[Workload, Callable[[Seen], Seen], str]] = {
         "usage",
     ),
     "a rest of a quota": (
-        replace(garden("a"), quotas=(Share(3, ("red",)),)), lambda ran: counted(ran, remaining_quota=3.0),
+        replace(garden("a"), quotas=(Share(3, ("red",)),)), lambda ran: counted(ran, remaining={"calls": 3.0}),
         "3.0 of the quota remain, not 2",
     ),
     "a SystemExit that is swallowed": (

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from ..errors import refuse
 from ..model import Amount, SourceReport, Task, TaskStatus
 from ..policy import RetryPolicy
 from .gate import Gate
-from .limits import part_of
+from .latency import Latencies
+from .purse import Budget, Purse, Tariff
 from .quota import Allowance, Hold
 
 Rank = tuple[Any, ...]
@@ -57,7 +57,7 @@ class Attempt:
     __slots__ = (
         "duration",
         "followed_by",
-        "hold",
+        "holds",
         "index",
         "is_begun",
         "is_plain",
@@ -98,7 +98,7 @@ class Attempt:
     timeout: float
     worker: Any
     followed_by: Attempt  # where it was given up, and the task tried again
-    hold: Hold  # where the lane has a quota
+    holds: Sequence[Hold]  # where the lane has a purse
     node: Any  # of a query: the NodeKey of its node
 
     @property
@@ -111,13 +111,13 @@ class Attempt:
         """What all calls made for the task used, by unit."""
         trail = self.trail
         if trail is None and self.number == 1:
-            return {**self.lane.used_by(self.amount), "calls": 1.0}
+            return {**self.lane.tariff.used_by(self.amount), "calls": 1.0}
         recorded = [] if trail is None else trail.recorded
         calls = self.number if trail is None else self.number + trail.uncounted
         rest = calls - len(recorded)
-        usage = {unit: used * rest for unit, used in self.lane.used_by(self.amount).items()} if rest else {}
+        usage = {unit: used * rest for unit, used in self.lane.tariff.used_by(self.amount).items()} if rest else {}
         for one in recorded:
-            _add(usage, self.lane.used_by(self.amount, one))
+            _add(usage, self.lane.tariff.used_by(self.amount, one))
         usage["calls"] = float(calls)
         return usage
 
@@ -183,6 +183,7 @@ class Feed:
         "ended",
         "enough",
         "handful",
+        "has_budget",
         "hold_until",
         "iterator",
         "kind",
@@ -261,6 +262,10 @@ def handful_of(lookahead: int) -> int:
     return max(1, min(32, lookahead // 2))
 
 
+FREE = Tariff()
+"""Of calls that cost nothing unless they say so."""
+
+
 class Lane:
     """One queue of a run, and what it counts.
 
@@ -273,9 +278,11 @@ class Lane:
         retry: Its retry policy; `retries_timeouts` is what that policy makes of a timeout.
         timeout: Seconds for an attempt.
         budget: Attempts in this run.
-        quota: What it may use in a period of the calendar, together with others.
+        allowances: What else it may use, in this run or in a period of the calendar, be it together with others.
+        pooled: Likewise, of what all lanes of the run share.
         batch_size, batch_backoff: See ExecutionPolicy.
         max_abandoned: Calls given up at once before the breaker opens.
+        tariff: What its calls cost.
     """
 
     __slots__ = (
@@ -295,7 +302,6 @@ class Lane:
         "calm",
         "capacity",
         "concurrency",
-        "cost",
         "delivered",
         "fifo",
         "full_at",
@@ -306,14 +312,16 @@ class Lane:
         "guarded",
         "heap",
         "handful",
+        "has_budget",
         "joined",
         "last_answer",
         "last_given_up",
+        "latencies",
         "max_abandoned",
         "name",
         "nodes",
         "pulling",
-        "quota",
+        "purse",
         "raw",
         "resume_at",
         "retries_timeouts",
@@ -325,6 +333,7 @@ class Lane:
         "success_count",
         "take_call",
         "taken",
+        "tariff",
         "timeout",
         "usage",
         "wake_at",
@@ -343,11 +352,12 @@ class Lane:
         retries_timeouts: bool | float = False,
         timeout: float | None = None,
         budget: float | None = None,
-        quota: Allowance | None = None,
+        allowances: Sequence[Allowance] = (),
+        pooled: Sequence[Allowance] = (),
         batch_size: int | None = None,
         batch_backoff: float = 0.0,
         max_abandoned: int | None = None,
-        cost: float = 0.0,
+        tariff: Tariff = FREE,
     ) -> None:
         self.name = name
         self.gate = gate
@@ -358,16 +368,17 @@ class Lane:
         self.retries_timeouts = retries_timeouts
         self.timeout = math.inf if timeout is None else timeout
         self.budget = budget
-        self.quota = quota
+        self.has_budget = budget is not None or any(isinstance(allowance, Budget) for allowance in allowances)
+        self.purse = Purse(allowances, tariff, pooled) if allowances or pooled else None
         self.batch_size = batch_size
         self.batch_backoff = batch_backoff
         # One hung call must not end a lane of one: so at least two.
         self.max_abandoned = max(2, concurrency) if max_abandoned is None else max_abandoned
-        self.cost = cost
+        self.tariff = tariff
         self.handful = handful_of(lookahead)
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
         # Whether a start changes more than a count.
-        self.accounts = batch_size is not None or retry.timeout is not None or quota is not None
+        self.accounts = batch_size is not None or retry.timeout is not None or self.purse is not None
         self.callers = 0  # who are about to submit a task, or wait for one: in `call` only
         self.abandoned = 0
         self.settles_at = -math.inf  # before, those given up last may still end
@@ -385,6 +396,7 @@ class Lane:
         self.usage: dict[str, float] = {}
         self.success_count = 0
         self.busy_seconds = 0.0
+        self.latencies: Latencies | None = None  # of calls whose duration is in no record
         self.first_answer: float | None = None
         self.last_answer: float | None = None
         self.last_given_up = -math.inf
@@ -420,7 +432,7 @@ class Lane:
             and not (self.raw or self.fifo or self.heap)
             and self.taken == self.delivered == self.ended_count
             and self.resume_at == math.inf
-            and (self.budget is None or not self.calls)
+            and not (self.calls and self.has_budget)
             and self.batch_started == 0
             and self.batch_at <= now
             and self.wake_at == math.inf
@@ -444,23 +456,14 @@ class Lane:
 
     @property
     def units(self) -> set[str]:
-        """What its limits and its quota count."""
-        return self.gate.units | (set() if self.quota is None else {self.quota.unit})
+        """What its limits, its allowances and its prices count."""
+        return self.gate.units | self.tariff.units | (set() if self.purse is None else self.purse.units)
 
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
-        quota = self.quota
-        self.gate.check(amount, self.units)
-        if quota is not None and self.quota_part(amount) > quota.limit:
-            refuse("amount", amount, f"at most {quota.limit:.12g} {quota.unit}: the quota never has more")
-
-    def quota_part(self, amount: Amount) -> float:
-        """Return how much of its quota an amount is; of money, unless it says so, what a call of this source costs."""
-        assert self.quota is not None
-        unit = self.quota.unit
-        if unit == "cost" and not (isinstance(amount, Mapping) and unit in amount):
-            return self.cost
-        return part_of(amount, unit)
+        self.gate.check(amount, self.units | ({"cost"} if not self.tariff.is_free else set()))
+        if self.purse is not None:
+            self.purse.check(amount)
 
     def head(self) -> Attempt | None:
         """Return the task to be admitted next."""
@@ -472,20 +475,16 @@ class Lane:
         """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""
         return math.inf if self.batch_started == self.batch_size else self.batch_at
 
-    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Return what a call used, by unit: what it has recorded, else what its amount names, else what any costs."""
-        used = {"cost": self.cost} if self.cost else {}
-        if isinstance(amount, Mapping):
-            used.update(amount)
-            used.pop("calls", None)  # one call is one, whatever it counts in a limit
-        if recorded is not None:
-            used.update(recorded)
-        return used
+    def took(self, seconds: float) -> None:
+        """Note how long a call took, where no record says so."""
+        if self.latencies is None:
+            self.latencies = Latencies()
+        self.latencies.add(seconds)
 
     def count_usage(self, amount: Amount, recorded: Mapping[str, float] | None, calls: int = 1) -> None:
         """Count what a call used that may differ from others; `calls` is -1 to take that back."""
         self.singled_out += calls
-        _add(self.usage, self.used_by(amount, recorded), calls)
+        _add(self.usage, self.tariff.used_by(amount, recorded), calls)
 
     def report(self, begun_at: float) -> SourceReport:
         """Return what it counted in a run that began at that instant."""
@@ -495,12 +494,10 @@ class Lane:
         stats.last_at = None if self.last_answer is None else self.last_answer - begun_at
         usage = dict(self.usage)
         if self.calls > self.singled_out:
-            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.used_by(1).items()})
-        stats.cost = usage.get("cost", 0.0)
+            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.tariff.used_by(1).items()})
         stats.usage = {**usage, "calls": float(stats.calls)}
-        stats.remaining_budget = self.budget
-        if self.quota is not None:
-            stats.remaining_quota = left = self.quota.remaining
-            if self.quota.unit == "calls" and (self.budget is None or left < self.budget):
-                stats.remaining_budget = max(0, left)
+        stats.remaining = {} if self.purse is None else self.purse.remaining
+        if self.budget is not None:
+            stats.remaining["calls"] = min(self.budget, stats.remaining.get("calls", math.inf))
+        stats.times = None if self.latencies is None else self.latencies.copy()
         return stats

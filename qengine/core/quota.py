@@ -52,6 +52,10 @@ class Allowance(Protocol):
     def remaining(self) -> float:
         """What is neither reserved nor used in this period."""
 
+    @property
+    def unused(self) -> float:
+        """What is not used in this period, be it reserved or not."""
+
     def fits(self, amount: float) -> bool:
         """Say whether an amount is there."""
 
@@ -60,6 +64,9 @@ class Allowance(Protocol):
 
     def reserve(self, amount: float) -> Hold | None:
         """Reserve an amount, all of it or nothing; None if it is not there."""
+
+    def note(self) -> Hold:
+        """Reserve nothing, though there may be nothing, for what is expected to use nothing."""
 
     def settle(self, hold: Hold, used: float | None = None) -> object:
         """Turn what was reserved into what was used, None for just that."""
@@ -107,6 +114,11 @@ class Ledger:
         period = self.period
         return self.limit - period.used - period.reserved
 
+    @property
+    def unused(self) -> float:
+        """What is not used, be it reserved or not; below 0 after an overrun."""
+        return self.limit - self.period.used
+
     def fits(self, amount: float) -> bool:
         """Say whether an amount is there.
 
@@ -126,6 +138,10 @@ class Ledger:
             return None
         period.reserved += amount
         return hold
+
+    def note(self) -> Hold:
+        """Reserve nothing, though there may be nothing, for what is expected to use nothing."""
+        return Hold(self.period, 0)
 
     def might_fit(self, amount: float) -> bool:
         """Say whether an amount is there, or would be if what is reserved were not used after all."""

@@ -31,6 +31,7 @@ from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
 from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane
+from .purse import Parts, Purse
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
@@ -123,6 +124,7 @@ class Run:
         self._last_end = -INF
         self._index = 0
         self._keys: set[Any] = set()
+        self._short: set[Lane] = set()  # lanes that wait for what calls may give back
         self._smooth: dict[Lane, None] = {}  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
@@ -186,16 +188,19 @@ class Run:
             lane.first_answer = now
         if self._may_go_on(lane):
             self._activate(lane)
-        if self._emit is not None:
-            self._tell("answer", now, attempt, _outcome_word(outcome))
         used = None
         if attempt.view is not None or not attempt.is_plain:
             used = self._count_usage(attempt)
             attempt.view = None  # what it records from now on comes too late
+        if self._emit is not None:
+            self._tell_end("answer", now, attempt, _outcome_word(outcome), used)
         if type(outcome) is Raised:
+            lane.took(attempt.duration)
             self._raised(attempt, outcome, now, used)
             return True
-        if lane.gate.active or lane.quota is not None:
+        if not self._keeps_bare(attempt):
+            lane.took(attempt.duration)
+        if lane.gate.active or lane.purse is not None:
             self._tell_gate(attempt, now, True, used)
         attempt.outcome = outcome
         self._end(attempt, SUCCEEDED, now)
@@ -370,16 +375,20 @@ class Run:
     def revoked(self, attempt: Attempt, now: float) -> None:
         """Undo an admission: no worker picked the attempt up before it was given up."""
         lane = attempt.lane
+        if self._emit is not None:
+            self._tell_end("revoked", now, attempt, str(attempt.reason), None, -1)
         lane.calls -= 1
         lane.abandoned -= 1
+        lane.busy_seconds -= attempt.duration
         if lane.budget is not None:
             lane.budget += 1
         attempt.number -= 1
         if isinstance(attempt.amount, Mapping):
             lane.count_usage(attempt.amount, None, -1)
         lane.gate.revoke(attempt.amount)
-        if lane.quota is not None:
-            lane.quota.undo(attempt.hold)
+        if lane.purse is not None:
+            lane.purse.undo(attempt.holds)
+            self._look_again()
 
     def withdrawn(self, attempt: Attempt, reason: str, now: float) -> None:
         """Cancel one task, wherever it is: whoever submitted it no longer waits for it."""
@@ -726,10 +735,12 @@ class Run:
             if now < lane.settles_at:
                 return lane.settles_at
             gate.keep_shut(now)
-        quota, part = lane.quota, 0.0
+        purse: Purse | None = lane.purse
+        parts: Parts = ()
         spent = lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget)
-        if quota is not None and not spent and not quota.fits(part := lane.quota_part(attempt.amount)):
-            if lane.running and quota.might_fit(part):
+        if purse is not None and not spent and not purse.fits(parts := purse.parts(attempt.amount)):
+            if purse.might_fit(parts) and self._may_get_back(lane):
+                self._short.add(lane)
                 return INF  # what runs may turn out to use less
             spent = True
         if (shut or hangs or spent) and self._skipped(lane, attempt, spent, now):
@@ -741,15 +752,29 @@ class Run:
             amount = 1 if attempt.task is None else attempt.task.amount
             while (until := gate.admit(attempt, amount, now)) > now and self._watches(lane, until):
                 pass  # ask again, lest what is watched for came in between
-        if quota is None or until > now:
+        if purse is None or until > now:
             return until
-        hold = quota.reserve(part)
-        if hold is None:  # another run was quicker
+        holds = purse.reserve(parts)
+        if holds is None:  # another run was quicker
             if gate.active:
                 gate.retract(attempt, attempt.amount)
             return self._ask_gates(lane, attempt, now)
-        attempt.hold = hold
+        attempt.holds = holds
         return now
+
+    def _may_get_back(self, lane: Lane) -> bool:
+        """Say whether a call that runs may give something back that a lane waits for."""
+        purse = lane.purse
+        return lane.running > 0 or any(
+            other.running and other.purse is not None and purse is not None and other.purse.shares_with(purse)
+            for other in self.lanes
+        )
+
+    def _look_again(self) -> None:
+        """Have lanes that wait for what others may give back ask again."""
+        for lane in self._short:
+            self._activate(lane)
+        self._short.clear()
 
     def _watches(self, lane: Lane, until: float) -> bool:
         """Have a lane woken when it may go before it was told, be it after another run's outcome.
@@ -842,8 +867,8 @@ class Run:
         """Count what an attempt that is over used, where that is its own; return what it has recorded, if anything."""
         amount, view = attempt.amount, attempt.view
         used = None
-        if view is not None and view.used:
-            used = dict(view.used)  # as it is now: a call that was given up may go on recording
+        if view is not None and view.used:  # as it is now: a call that was given up may go on recording
+            used = attempt.lane.tariff.completed(amount, view.used)
             attempt.remember().recorded.append(used)
         if used is not None or isinstance(amount, Mapping):
             attempt.lane.count_usage(amount, used)
@@ -852,9 +877,10 @@ class Run:
     def _tell_gate(
         self, attempt: Attempt, now: float, verdict: bool | None, used: Mapping[str, float] | None
     ) -> None:
-        gate, quota = attempt.lane.gate, attempt.lane.quota
-        if quota is not None:
-            quota.settle(attempt.hold, None if used is None else used.get(quota.unit))
+        gate, purse = attempt.lane.gate, attempt.lane.purse
+        if purse is not None:
+            purse.settle(attempt.holds, used)
+            self._look_again()
         if not gate.active:
             return
         if used is not None or gate.has_windows:
@@ -906,9 +932,9 @@ class Run:
         if self.stop_reason is not None:
             self._cancel_one(attempt, now)
             return False
-        quota = lane.quota
+        purse = lane.purse
         if (lane.budget is not None and lane.budget < 1) or (
-            quota is not None and not quota.might_fit(lane.quota_part(attempt.amount))
+            purse is not None and not purse.might_fit(purse.parts(attempt.amount))
         ):
             self._fail(attempt, error, now)
             return False
@@ -953,13 +979,10 @@ class Run:
         stats = lane.stats
         if status is SUCCEEDED:
             lane.success_count += 1
-            if self._tree is None:
-                if self.records is not None and self._emit is None and attempt.is_plain:
-                    kept = (attempt.payload, attempt.outcome, lane.name, attempt.started_at, attempt.duration)
-                    self.records[attempt.index] = kept
-            else:
-                if self.records is not None and self._emit is None and attempt.is_plain:
-                    self.records[attempt.index] = found(attempt, now)
+            if self.records is not None and self._keeps_bare(attempt):
+                kept = (attempt.payload, attempt.outcome, lane.name, attempt.started_at, attempt.duration)
+                self.records[attempt.index] = kept if self._tree is None else found(attempt, now)
+            if self._tree is not None:
                 self._tree.follow(attempt)
                 if attempt.outcome:
                     self._tree.grew(attempt)
@@ -984,6 +1007,10 @@ class Run:
             self._tell("result", now, attempt, status.value)
         if (last_straw := self._stop_rule.after(status)) is not None:
             self.cancel(last_straw, now)
+
+    def _keeps_bare(self, attempt: Attempt) -> bool:
+        """Say whether of a task that succeeds only little is kept, from which its latency can be told."""
+        return self.records is not None and self._emit is None and attempt.is_plain
 
     def _batch_ended_one(self, lane: Lane, now: float) -> None:
         lane.batch_open -= 1
@@ -1064,7 +1091,6 @@ class Run:
 
     def _time_out(self, attempt: Attempt, now: float) -> None:
         lane = attempt.lane
-        self._tell("timeout", now, attempt)
         self._abandon(attempt, now, "timeout", False)
         if lane.abandoned >= lane.max_abandoned:
             self._set_timer(lane.settles_at, Timer.HANGS, attempt)
@@ -1090,8 +1116,13 @@ class Run:
         attempt.reason = reason
         attempt.duration = now - attempt.started_at
         lane.busy_seconds += attempt.duration
+        lane.took(attempt.duration)
         lane.last_given_up = now
-        self._tell_gate(attempt, now, verdict, self._count_usage(attempt))
+        used = self._count_usage(attempt)
+        if self._note is not None:
+            kind, detail = ("timeout", "") if verdict is False else ("abandoned", reason)
+            self._tell_end(kind, now, attempt, detail, used)
+        self._tell_gate(attempt, now, verdict, used)
         self._steps.append(Cancel(attempt, reason))
         self.special = True
         self._activate(lane)
@@ -1213,6 +1244,23 @@ class Run:
     def abandoned(self) -> int:
         """Calls that were given up and have not returned."""
         return sum(lane.abandoned for lane in self.lanes)
+
+    def _tell_end(
+        self,
+        kind: str,
+        now: float,
+        attempt: Attempt,
+        detail: str,
+        recorded: Mapping[str, float] | None,
+        sign: int = 1,
+    ) -> None:
+        """Tell that an attempt is over, and what it used."""
+        used = attempt.lane.tariff.used_by(attempt.amount, recorded)
+        usage = {unit: sign * number for unit, number in used.items()}
+        usage["calls"] = float(sign)
+        if self._note is not None:
+            lane, number = attempt.lane, attempt.number
+            self._note(Event(kind, now, lane.name, attempt.index, number, detail, usage))
 
     def _tell(self, kind: str, now: float, attempt: Attempt | None, detail: str = "") -> None:
         if self._note is not None:

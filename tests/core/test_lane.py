@@ -10,6 +10,7 @@ from core.support import Trial, make_attempt, make_lane
 
 from qengine import Task
 from qengine.core.lane import Feed, FeedKind, handful_of
+from qengine.core.purse import Tariff
 from qengine.core.quota import Ledger
 
 
@@ -65,7 +66,7 @@ def test_a_pull_goes_on_to_the_next_node_until_it_has_brought_enough() -> None:
 
 
 def test_all_of_a_quota_may_be_asked_for_at_once_and_not_more() -> None:
-    lane = make_lane(quota=Quota(10))
+    lane = make_lane(allowances=[Quota(10)])
     lane.check(10)
     with pytest.raises(ValueError, match="at most 10 calls"):
         lane.check(11)
@@ -73,29 +74,30 @@ def test_all_of_a_quota_may_be_asked_for_at_once_and_not_more() -> None:
 
 @pytest.mark.parametrize(("amount", "part"), [(1, 0.25), (3, 0.25), ({"tokens": 7}, 0.25), ({"cost": 2.0}, 2.0)])
 def test_what_money_a_call_takes_is_what_it_says_or_what_any_costs(amount: Any, part: float) -> None:
-    assert make_lane(cost=0.25, quota=Quota(10, "cost")).quota_part(amount) == part
+    lane = make_lane(tariff=Tariff(0.25), allowances=[Quota(10, "cost")])
+    assert lane.purse is not None and lane.purse.parts(amount) == [part]
 
 
 @pytest.mark.parametrize(("budget", "used", "left"), [(None, 7, 3), (5, 7, 3), (2, 7, 2), (None, 12, 0), (0, 12, 0)])
 def test_what_is_left_of_the_budget_is_no_more_than_of_a_quota_of_calls(
     budget: float | None, used: float, left: float
 ) -> None:
-    lane = make_lane(budget=budget, quota=Quota(10))
-    assert lane.quota is not None
-    lane.quota.period.used = used       # type: ignore[attr-defined]
+    lane = make_lane(budget=budget, allowances=[Quota(10)])
+    assert lane.purse is not None
+    lane.purse.allowances[0].period.used = used       # type: ignore[attr-defined]
     assert lane.report(0.0).remaining_budget == left
 
 
 def test_what_is_left_of_the_budget_has_nothing_to_do_with_a_quota_of_something_else() -> None:
-    report = make_lane(budget=5, quota=Quota(3, "tokens")).report(0.0)
-    assert (report.remaining_budget, report.remaining_quota) == (5, 3)
+    report = make_lane(budget=5, allowances=[Quota(3, "tokens")]).report(0.0)
+    assert report.remaining == {"calls": 5, "tokens": 3}
 
 
 # ---- what was used ---------------------------------------------------------------------------------------------------
 
 
 def test_calls_used_what_they_have_recorded_and_the_others_what_was_said() -> None:
-    lane = make_lane(cost=0.5)
+    lane = make_lane(tariff=Tariff(0.5))
     attempt = make_attempt(Task("a", amount={"tokens": 10}), lane)
     attempt.number = 3
     attempt.remember().recorded.append({"tokens": 4.0})
@@ -103,7 +105,7 @@ def test_calls_used_what_they_have_recorded_and_the_others_what_was_said() -> No
 
 
 def test_calls_that_were_not_counted_one_by_one_used_what_any_does() -> None:
-    lane = make_lane(cost=0.5)
+    lane = make_lane(tariff=Tariff(0.5))
     lane.calls = 3
     lane.count_usage({"tokens": 7}, None)
     assert lane.report(0.0).usage == {"calls": 3.0, "tokens": 7, "cost": 1.5}

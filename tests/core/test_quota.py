@@ -241,7 +241,7 @@ class Book(Ledger):
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_run_makes_as_many_calls_as_there_are(quiet: bool) -> None:
     book = Book(10)
-    lane = make_lane(concurrency=4, quota=book)
+    lane = make_lane(concurrency=4, allowances=[book])
     trial = Trial(lane, data=range(50), quiet=quiet)
     drive(trial, answer(1.0))
     assert (lane.calls, lane.success_count, lane.stats.skipped) == (10, 10, {"budget_exhausted": 40})
@@ -250,7 +250,7 @@ def test_a_run_makes_as_many_calls_as_there_are(quiet: bool) -> None:
 
 def test_what_does_not_fit_waits_for_what_runs_and_only_for_that() -> None:
     book = Book(10)
-    lane = make_lane(concurrency=4, quota=book)
+    lane = make_lane(concurrency=4, allowances=[book])
     trial = Trial(lane, data=[Task(number, amount=amount) for number, amount in enumerate([6, 4, 3, 11])])
     six, four = trial.start()
     trial.succeed(six, 1.0)
@@ -263,7 +263,7 @@ def test_what_does_not_fit_waits_for_what_runs_and_only_for_that() -> None:
 
 def test_what_no_worker_picked_up_is_given_back() -> None:
     book = Book(1)
-    trial = Trial(make_lane(quota=book), data=["a", "b"], in_flight="abandon")
+    trial = Trial(make_lane(allowances=[book]), data=["a", "b"], in_flight="abandon")
     (first,) = trial.start()
     trial.run.cancel("enough", 0.5)
     step = trial.run.next(0.5)

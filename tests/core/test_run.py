@@ -42,6 +42,7 @@ from qengine.core.breaker import BreakerState
 from qengine.core.bucket import CATCH_UP
 from qengine.core.gate import Gate
 from qengine.core.lane import Attempt, Feed, Lane
+from qengine.core.purse import Tariff
 from qengine.core.run import SETTLING
 from qengine.core.steps import DONE, Cancel, Raised, Wait
 from qengine.drivers.calls import CurrentAttempt
@@ -1158,7 +1159,7 @@ def test_a_task_may_come_from_outside() -> None:
 
 
 def test_a_lane_reports_what_it_did() -> None:
-    lane = make_lane(concurrency=2, budget=10, retry=STEADY, cost=0.5)
+    lane = make_lane(concurrency=2, budget=10, retry=STEADY, tariff=Tariff(0.5))
     trial = Trial(lane, now=100.0, data=[Task(0, amount={"calls": 1}), 1])
     one, two = trial.start(100.0)
     trial.fail(one, 101.0)
@@ -1537,7 +1538,7 @@ def test_only_a_task_that_records_leaves_the_short_way() -> None:
 
 
 def test_an_attempt_revoked_has_used_nothing() -> None:
-    lane = make_lane(TOKENS, cost=0.5)
+    lane = make_lane(TOKENS, tariff=Tariff(0.5))
     trial = Trial(lane, data=tokens(7, 7))
     (first,) = trial.start(0.0)
     trial.run.cancel("enough", 1.0, "abandon")
@@ -1550,7 +1551,7 @@ def test_an_attempt_revoked_has_used_nothing() -> None:
 
 
 def test_a_report_may_be_asked_for_twice() -> None:
-    lane = make_lane(cost=0.5)
+    lane = make_lane(tariff=Tariff(0.5))
     drive(Trial(lane, data=["a", "b"]), recording(1.0, {"cost": 2.0}, {"tokens": 3.0}))
     first = lane.report(0.0)
     assert (first.cost, first.usage) == (2.5, {"calls": 2.0, "cost": 2.5, "tokens": 3.0})
@@ -1558,7 +1559,7 @@ def test_a_report_may_be_asked_for_twice() -> None:
 
 
 def test_a_throttled_call_is_used_though_it_is_no_attempt() -> None:
-    lane = make_lane(TOKENS, cost=0.5)
+    lane = make_lane(TOKENS, tariff=Tariff(0.5))
     trial = Trial(lane, data=tokens(7))
     trial.throttle(*trial.start(0.0), 0.0, 2.0)
     trial.succeed(*trial.start(2.0), 3.0)
@@ -1574,10 +1575,11 @@ def test_a_call_throttled_for_too_long_is_counted_once() -> None:
 
 
 def test_what_a_call_used_is_said_apart_from_the_call() -> None:
-    lane = make_lane(cost=0.5)
-    assert lane.used_by({"calls": 2, "tokens": 5}) == {"tokens": 5, "cost": 0.5}
-    assert lane.used_by({"tokens": 5, "cost": 1}, {"tokens": 7}) == {"tokens": 7, "cost": 1}
-    assert lane.used_by(3) == {"cost": 0.5}
+    lane = make_lane(tariff=Tariff(0.5))
+    used_by = lane.tariff.used_by
+    assert used_by({"calls": 2, "tokens": 5}) == {"tokens": 5, "cost": 0.5}
+    assert used_by({"tokens": 5, "cost": 1}, {"tokens": 7}) == {"tokens": 7, "cost": 1}
+    assert used_by(3) == {"cost": 0.5}
     assert (lane.report(0.0).usage, lane.report(0.0).cost) == ({"calls": 0.0}, 0.0)
 
 

@@ -22,8 +22,8 @@ def report(**more: Any) -> CollectionReport[Any]:
     sources = [
         SourceReport("google", calls=7, success_count=5, failure_count=1, retries=1, first_at=0.25, last_at=1.5),
         SourceReport("gnews", calls=100, success_count=100, skipped={"unsupported": 2, "budget_exhausted": 3},
-                     remaining_budget=0.0, cancelled_count=4, first_at=0.1, last_at=2.0),
-        SourceReport("newsdata", calls=3, failure_count=1, remaining_budget=197.0),
+                     remaining={"calls": 0.0}, cancelled_count=4, first_at=0.1, last_at=2.0),
+        SourceReport("newsdata", calls=3, failure_count=1, remaining={"calls": 197.0}),
     ]
     fields = {
         "results": tuple, "by_source": {source.name: source for source in sources}, "stop_reason": None,

@@ -205,6 +205,14 @@ class Oracle(Reader):
         if not self.exact and revoked and any(one.ended == "timeout" for one in tries):
             self.vague, most = True, len(tries)
         self.claim(0 <= revoked <= most, f"{name}: {source.calls} calls of {len(tries)} starts")
+        undone = sum(story.revoked for story in stories)
+        self.claim(revoked == undone, f"{name}: {source.calls} calls of {len(tries)} starts, of which {undone} revoked")
+        told_of: Counter[str] = Counter()
+        for event in self.ran.events:
+            if event.source == name and event.usage is not None:
+                for unit, used in event.usage.items():
+                    told_of[unit] += used       # type: ignore[assignment]
+        self.claim(_alike(source.usage, told_of), f"{name}: usage {source.usage}, and by its events {dict(told_of)}")
         self.claim(len(results) == len(stories), f"{name}: {len(results)} results of {len(stories)} tasks")
         self.claim(source.usage.get("calls") == source.calls, f"{name}: usage {source.usage}")
         self.claim(source.retries == sum(one.then == "retry" for one in tries), f"{name}: {source.retries} retries")

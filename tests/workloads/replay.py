@@ -106,8 +106,9 @@ class Replay:
             least, most = budget, None if budget is None else budget + self.oracle.revoked
             if share is not None:
                 free, at_most = (share.share.limit - taken for taken in reversed(share.taken))
-                told = source.remaining_quota
+                told = source.remaining.get(share.share.unit)
                 fits = told is not None and free - 1e-6 <= told <= at_most + 1e-6
+                fits = fits or (share.share.unit == "calls" and budget is not None)  # then the lesser is told, as below
                 self.claim(fits, f"{name}: {told} of the quota remain, not {free}")
                 if share.share.unit == "calls":
                     least = max(0, free) if least is None else max(0, min(least, free))     # type: ignore[assignment]
@@ -272,6 +273,13 @@ class Replay:
         self._ends(book, story.index, self._try(story), False)
         self._given_up(book, story)
 
+    def _abandoned(self, book: LaneBook, story: Story, event: Event) -> None:
+        self._ends(book, story.index, self._try(story), None)
+        self._given_up(book, story)
+
+    def _revoked(self, book: LaneBook, story: Story, event: Event) -> None:
+        """What it took counts as taken until the end: it is known too late to matter."""
+
     def _late(self, book: LaneBook, story: Story, event: Event) -> None:
         book.hanging -= 1
         book.hanging_at_most -= 1
@@ -304,9 +312,6 @@ class Replay:
 
     def _result(self, book: LaneBook, story: Story, event: Event) -> None:
         index = story.index
-        if index in book.running:
-            self._ends(book, index, self._try(story), None)
-            self._given_up(book, story)
         waited = index in book.reserved or bool(story.tries and story.tries[-1].then)
         if index in book.reserved:
             book.reserved.remove(index)

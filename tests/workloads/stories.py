@@ -41,6 +41,7 @@ class Story:
     lane: str
     tries: list[Try] = field(default_factory=list)
     lates: int = 0
+    revoked: int = 0
     first_pos: int = -1
     result: Event | None = None
 
@@ -112,7 +113,7 @@ class Reader:
     def _read(self, pos: int, event: Event, story: Story) -> None:
         last = story.last
         shut = event.kind == "breaker_opened" and event.detail      # too many calls hang, seen some time later
-        if event.kind != "late" and not shut:
+        if event.kind not in ("late", "revoked") and not shut:
             self.claim(story.result is None, f"{event} comes after the result")
         if event.kind == "start":
             self.claim(not story.running and (last is None or last.then), f"{event} comes beside another attempt")
@@ -121,11 +122,12 @@ class Reader:
             if not story.tries:
                 story.first_pos = pos
             story.tries.append(Try(event.number, event.at))
-        elif event.kind in ("answer", "timeout"):
+        elif event.kind in ("answer", "timeout", "abandoned"):
             if self.claim(story.running, f"{event} of nothing that runs"):
                 assert last is not None
                 self.claim(event.number == last.number, f"{event} is of another attempt")
-                last.end_at, last.end_pos, last.ended, last.detail = event.at, pos, event.kind, event.detail
+                ended = "given up" if event.kind == "abandoned" else event.kind
+                last.end_at, last.end_pos, last.ended, last.detail = event.at, pos, ended, event.detail
         elif event.kind in ("retry", "throttled"):
             if self.claim(last is not None and last.failed and not last.then, f"{event} after no failure"):
                 assert last is not None
@@ -133,10 +135,11 @@ class Reader:
                 self.claim((event.kind == "throttled") == (last.error == "RateLimitError"), f"{event} after {last}")
                 last.then, last.delay = event.kind, float(event.detail)
         elif event.kind == "result":
-            if story.running:
-                assert last is not None
-                last.end_at, last.ended = event.at, "given up"
+            self.claim(not story.running, f"{event} of a task that runs")
             story.result = event
+        elif event.kind == "revoked":
+            story.revoked += 1
+            self.claim(story.revoked <= story.given_up, f"{event} of no attempt that was given up")
         elif event.kind == "late":
             story.lates += 1
             self.claim(story.lates <= story.given_up, f"{event} of no attempt that was given up")

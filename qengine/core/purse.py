@@ -1,0 +1,177 @@
+"""What a call costs, and what a lane pays it from: budgets of one run and quotas of the calendar, in any unit.
+
+Rules: several allowances are all-or-nothing: all are asked, then all reserved, and a refused call has taken nothing.
+What is reserved when a call is admitted is an estimate; when it is over that becomes what it really used, so that an
+allowance is exceeded by no more than calls in flight have used beyond their estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import refuse
+from ..model import Amount
+from .limits import part_of
+from .quota import Allowance, Hold, Ledger
+
+Parts = Sequence[float]
+"""How much of each allowance a call is, in their order."""
+
+
+class Tariff:
+    """What a call of one source costs: so much each, so much for each of some unit that it uses, or both.
+
+    Args:
+        cost: A number, of each call; or prices by unit, of which that of "calls" is of each call.
+    """
+
+    __slots__ = ("_per_call", "_prices")
+
+    def __init__(self, cost: float | Mapping[str, float] = 0.0) -> None:
+        prices = dict(cost) if isinstance(cost, Mapping) else {"calls": cost}
+        self._per_call = prices.pop("calls", 0.0)
+        self._prices = prices
+
+    @property
+    def units(self) -> set[str]:
+        """What has a price."""
+        return set(self._prices)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a call costs nothing, unless it says so itself."""
+        return not (self._per_call or any(self._prices.values()))
+
+    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return what a call uses, by unit: what it has recorded, else what its amount names, else what any costs.
+
+        It has an entry "cost" unless it is free.  A price goes by what was recorded, if that has a price, whatever its
+        amount has said of the cost; but not where the cost itself was recorded.
+        """
+        used: dict[str, float] = {}
+        if isinstance(amount, Mapping):
+            used.update(amount)
+            used.pop("calls", None)  # one call is one, whatever it counts in a limit
+        if recorded is not None:
+            if "cost" not in recorded and not self._prices.keys().isdisjoint(recorded):
+                used.pop("cost", None)
+            used.update(recorded)
+        if "cost" not in used and not self.is_free:
+            used["cost"] = self._per_call + sum(price * used.get(unit, 0.0) for unit, price in self._prices.items())
+        return used
+
+    def completed(self, amount: Amount, recorded: Mapping[str, float]) -> dict[str, float]:
+        """Return what a call has recorded, with what that costs where it has a price."""
+        if "cost" in recorded or self._prices.keys().isdisjoint(recorded):
+            return dict(recorded)
+        return {**recorded, "cost": self.used_by(amount, recorded).get("cost", 0.0)}
+
+
+class Budget(Ledger):
+    """What may be used of a unit in one run."""
+
+    __slots__ = ("unit",)
+
+    def __init__(self, unit: str, limit: float) -> None:
+        super().__init__(limit)
+        self.unit = unit
+
+
+class Purse:
+    """The allowances that every call of a lane is paid from.
+
+    Args:
+        allowances: Those of its own, and those that it shares with others.
+        tariff: What its calls cost.
+        pooled: Of the allowances, those that all sources of the run share.  One of "cost" that is used up holds nobody
+            back whose calls are free, as far as is known.
+    """
+
+    __slots__ = ("_is_free", "_pooled_cost", "_tariff", "allowances")
+
+    def __init__(self, allowances: Sequence[Allowance], tariff: Tariff, pooled: Sequence[Allowance] = ()) -> None:
+        self.allowances = (*allowances, *pooled)
+        self._tariff = tariff
+        self._is_free = tariff.is_free
+        self._pooled_cost = frozenset(allowance for allowance in pooled if allowance.unit == "cost")
+
+    @property
+    def units(self) -> set[str]:
+        """What its allowances count."""
+        return {allowance.unit for allowance in self.allowances}
+
+    def parts(self, amount: Amount) -> Parts:
+        """Return how much of each allowance an amount is; of money, unless it says so, what such a call costs."""
+        return [self._part(amount, allowance.unit) for allowance in self.allowances]
+
+    def _part(self, amount: Amount, unit: str) -> float:
+        return self._tariff.used_by(amount).get("cost", 0.0) if unit == "cost" else part_of(amount, unit)
+
+    def check(self, amount: Amount) -> None:
+        """Refuse an amount that could never be had."""
+        for allowance, part in zip(self.allowances, self.parts(amount), strict=True):
+            if part > allowance.limit > 0:  # with nothing at all it is skipped, like every other
+                kind = "budget" if isinstance(allowance, Budget) else "quota"
+                refuse("amount", amount, f"at most {allowance.limit:.12g} {allowance.unit}: the {kind} never has more")
+
+    def fits(self, parts: Parts) -> bool:
+        """Say whether all of it is there."""
+        return all(
+            allowance.fits(part) or self._is_let_pass(allowance, part)
+            for allowance, part in zip(self.allowances, parts, strict=True)
+        )
+
+    def might_fit(self, parts: Parts) -> bool:
+        """Say whether all of it is there, or would be if what is reserved were not used after all."""
+        return all(
+            allowance.might_fit(part) or self._is_let_pass(allowance, part)
+            for allowance, part in zip(self.allowances, parts, strict=True)
+        )
+
+    def is_within(self, parts: Parts, share: float) -> bool:
+        """Say whether with this call no more would be reserved than a share of what has not been used."""
+        return all(
+            allowance.unused - allowance.remaining + part <= share * allowance.unused
+            for allowance, part in zip(self.allowances, parts, strict=True)
+        )
+
+    def reserve(self, parts: Parts) -> list[Hold] | None:
+        """Reserve all of it, or nothing; None if it is not there."""
+        holds: list[Hold] = []
+        for allowance, part in zip(self.allowances, parts, strict=True):
+            hold = allowance.reserve(part)
+            if hold is None and self._is_let_pass(allowance, part):
+                hold = allowance.note()
+            if hold is None:
+                self.undo(holds)
+                return None
+            holds.append(hold)
+        return holds
+
+    def settle(self, holds: Sequence[Hold], used: Mapping[str, float] | None) -> None:
+        """Turn what was reserved into what was used; a unit that is not named, and None all of them, as reserved."""
+        if used and used.get("cost"):
+            self._is_free = False
+        for allowance, hold in zip(self.allowances, holds, strict=True):
+            allowance.settle(hold, None if used is None or allowance.unit == "calls" else used.get(allowance.unit))
+
+    def undo(self, holds: Sequence[Hold]) -> None:
+        """Take back what was reserved, settled or not: it was never made use of."""
+        for allowance, hold in zip(self.allowances, holds, strict=False):  # fewer where one was refused
+            allowance.undo(hold)
+
+    def shares_with(self, other: Purse) -> bool:
+        """Say whether what one gives back may be what the other waits for."""
+        return other is self or not set(map(id, self.allowances)).isdisjoint(map(id, other.allowances))
+
+    @property
+    def remaining(self) -> dict[str, float]:
+        """What is neither reserved nor used, by unit: of several allowances of a unit the least."""
+        remaining: dict[str, float] = {}
+        for allowance in self.allowances:
+            left = allowance.remaining
+            remaining[allowance.unit] = min(left, remaining.get(allowance.unit, left))
+        return remaining
+
+    def _is_let_pass(self, allowance: Allowance, part: float) -> bool:
+        return not part and self._is_free and allowance in self._pooled_cost
