@@ -28,6 +28,7 @@ from .model import (
     CancellationToken,
     CollectionReport,
     Event,
+    Hop,
     Query,
     QueryResult,
     RunReport,
@@ -37,10 +38,11 @@ from .model import (
     TaskStatus,
 )
 from .policy import BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
-from .query import Plan, QueryExecutor, Source
+from .query import Plan, QueryExecutor
 from .quota import Quota, QuotaAlert
 from .session import Stream
 from .simulation import simulate
+from .source import Source
 
 if _TYPE_CHECKING:
     from .aio import AsyncConcurrentExecutor as AsyncConcurrentExecutor
@@ -85,6 +87,7 @@ __all__ = [
     "Counters",
     "Event",
     "ExecutionPolicy",
+    "Hop",
     "KeyedRateLimiter",
     "Plan",
     "QEngineError",

@@ -21,13 +21,15 @@ from .drivers.asyncio import Inbox, TaskCrew
 from .drivers.calls import is_async, run_in
 from .drivers.clock import SYSTEM_CLOCK
 from .drivers.virtual import VirtualClock
-from .errors import optional, refuse_type, require_callable, require_kind
+from .errors import optional, refuse_type, require_kind
 from .executor import Call, Calls, Exit, FunctionFace, LaneBook, refuse_limits, unnamed
 from .manifest import RunManifest
 from .model import CancellationToken, CollectionReport, Event, Query, RunReport, Task, TaskResult
 from .policy import ExecutionPolicy, StopConditions
-from .query import HierarchyFace, Source, items_of
+from .query import HierarchyFace, items_of
+from .routing import RouteBy
 from .session import INTERRUPT_SECONDS, Reporting, Results, Session, Stage, attach_report, check_run, check_token
+from .source import Source
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -217,16 +219,19 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Awaitable[V]],
+        fn: Callable[[P], Awaitable[V]] | Sequence[Source],
         clock: VirtualClock | None,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        route_by: RouteBy = "order",
     ) -> None:
-        require_callable("fn", fn)
-        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event)
-        require_async("fn", fn, generators=False)
+        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, route_by)
+        if self._router is None:
+            require_async("fn", fn, generators=False)
+        for source in () if self._router is None else self._router.sources.values():
+            require_async(f"fetch of {source.name!r}", source.fetch, generators=False)
         self._calls: WeakKeyDictionary[Any, _AsyncCalls] = WeakKeyDictionary()
         self._books: WeakKeyDictionary[Any, LaneBook] = WeakKeyDictionary()
 
@@ -268,7 +273,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
         task = unnamed(payload)
         book = self._books.get(loop)
         if book is None:
-            book = self._books[loop] = LaneBook(self, self.stage, self._call_in_context)
+            book = self._books[loop] = LaneBook(self, self.stage, lambda fn: partial(self._call_in_context, fn))
         calls = self._calls.get(loop)
         if calls is None:
             book.forget_idle()
@@ -277,35 +282,39 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
             calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event)
         calls.pending += 1
         try:
-            return await calls.call(task, lane)  # type: ignore[no-any-return]
+            return await calls.call(task, lane, self)  # type: ignore[no-any-return]
         finally:
             calls.pending -= 1
             if calls.pending == 0:
                 del self._calls[loop]
                 await calls.close()
 
-    async def _call_in_context(self, call: Call) -> V:
+    @staticmethod
+    async def _call_in_context(fn: Callable[[Any], Awaitable[Any]], call: Call) -> Any:
         context = call.context.copy()
-        coroutine = run_in(context, self._in_task, call.payload, call.tokens)
+        coroutine = run_in(context, partial(_in_task, fn), call.payload, call.tokens)
         return await asyncio.get_running_loop().create_task(coroutine, context=context)
 
-    async def _in_task(self, payload: P) -> V:
-        try:
-            value: V = await self._fn(payload)
-            return value
-        except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop if the task raised it
-            raise Exit from error
+
+async def _in_task(fn: Callable[[Any], Awaitable[Any]], payload: Any) -> Any:
+    try:
+        return await fn(payload)
+    except (SystemExit, KeyboardInterrupt) as error:  # which would end the loop if the task raised it
+        raise Exit from error
 
 
 class _AsyncCalls(Calls):
     """The run behind `call` of one loop."""
 
-    async def call(self, task: Task[Any], lane: Lane) -> Any:
+    async def call(self, task: Task[Any], lane: Lane, owner: FunctionFace[Any, Any]) -> Any:
         """Submit a task and wait for its value."""
         session = self.session
         reply: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
         call = Call(task.payload, partial(_settle, reply), session.clock)
         attempt = Attempt(call, task, lane)
+        sent = owner.send(attempt, self.book)
+        if sent is not attempt:
+            await sent  # type: ignore[misc]  # an awaitable
         self.waiting.add(call)
         session.crew.tell(session.run.submitted, attempt)
         leave = self.withdraw_with(call.outer, attempt)
@@ -367,9 +376,11 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
     """Runs an async function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
 
     Args:
-        fn: An async function, called with each payload; one that blocks goes in as `in_thread(fn)`.
-        policy: See ExecutionPolicy.
+        fn_or_sources: An async function, called with each payload; one that blocks goes in as `in_thread(fn)`.  Or
+            sources, whose `fetch` is such a function.
+        policy: See ExecutionPolicy, and TaskScheduler for what of it holds where there are sources.
         lane_by: Gives the lane of a payload: each has limits, concurrency, a budget and a breaker of its own.
+        route_by: Which source does a task: "order" or "cost"; see TaskScheduler.
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
@@ -388,15 +399,16 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Awaitable[V]],
-        policy: ExecutionPolicy,
+        fn_or_sources: Callable[[P], Awaitable[V]] | Sequence[Source],
+        policy: ExecutionPolicy = ExecutionPolicy(),
         *,
         lane_by: Callable[[P], Any] | None = None,
+        route_by: RouteBy = "order",
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        super().__init__(fn, clock, policy, lane_by, key, on_event)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, route_by)
 
     @classmethod
     def from_manifest(

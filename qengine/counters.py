@@ -48,6 +48,7 @@ class SourceCounters:
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
     retries: int = 0
     throttled: int = 0
+    rerouted: int = 0
     busy_seconds: float = 0.0
     usage: Mapping[str, float] = field(default_factory=dict, hash=False)
     running: int = 0
@@ -143,6 +144,7 @@ _BY_SOURCE: dict[str, Callable[[SourceCounters], Samples]] = {
     "skipped_total": _each("skipped", "reason"),
     "retries_total": _one("retries"),
     "throttled_total": _one("throttled"),
+    "rerouted_total": _one("rerouted"),
     "busy_seconds_total": _one("busy_seconds"),
     "usage_total": _each("usage", "unit"),
     "running": _one("running"),
@@ -162,6 +164,7 @@ _HELP = {
     "skipped_total": "Tasks never tried, by reason.",
     "retries_total": "Retries decided on; a stop may come before the call.",
     "throttled_total": "Calls that were told to slow down.",
+    "rerouted_total": "Tasks that went on to another source.",
     "busy_seconds_total": "Seconds spent in calls that are over.",
     "usage_total": "What calls that are over have used, by unit.",
     "running": "Calls that run.",
@@ -203,6 +206,7 @@ def seen(lane: Lane) -> SourceReport:
         skipped=dict(stats.skipped),
         retries=stats.retries,
         throttled=stats.throttled,
+        rerouted=stats.rerouted,
         busy_seconds=lane.busy_seconds,
         usage=dict(lane.usage),
     )
@@ -226,7 +230,9 @@ def _seen_of(crews: Iterable[Any]) -> Iterator[SourceReport]:
             yield others
 
 
-_NUMBERS = ("calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "busy_seconds")
+_NUMBERS = (
+    "calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "rerouted", "busy_seconds"
+)
 
 
 def _counts(report: SourceReport) -> Counts:

@@ -1,4 +1,4 @@
-"""Many calls of one function: `ConcurrentExecutor`, and `TaskScheduler` with limits, batches, retries and stops.
+"""Many calls of a function: `ConcurrentExecutor`, and `TaskScheduler` with limits, batches, retries, stops and routes.
 
 Rules: rate, window and breaker state belong to the executor and hold across its runs, also concurrent ones; a budget
 is per run.  A lane is made when its key first comes up, and the gate of a key serves all runs.
@@ -6,15 +6,17 @@ is per run.  A lane is made when its key first comes up, and the gate of a key s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from threading import Lock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
 from .core.lane import LANES_KEPT, Attempt, Feed, FeedKind, Lane, handful_of
+from .core.quota import Allowance
 from .core.steps import Raised
 from .counters import Tally
 from .drivers.calls import current_token, is_plain_data, refuse_async, run_in
@@ -25,6 +27,7 @@ from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
 from .policy import ExecutionPolicy, StopConditions, calls_of, check_quota, refuse_beyond_budget
+from .routing import RouteBy, Router, make_router, refuse_routes
 from .session import (
     Face,
     OwnedGate,
@@ -39,6 +42,7 @@ from .session import (
     threads_stage,
     timeout_verdict,
 )
+from .source import Source
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -87,12 +91,24 @@ class KeyedGates(dict[Any, Gate]):
 
 
 class LaneBook:
-    """The lanes of one run, made when their key first comes up."""
+    """The lanes of one run, made when their key first comes up.
 
-    def __init__(self, owner: FunctionFace[Any, Any], stage: Stage, call: Callable[[Any], Any]) -> None:
+    Args:
+        owner: The executor.
+        stage: Where the run takes place.
+        wrap: Makes of the function of a task what a worker calls; None for nothing else.
+    """
+
+    def __init__(
+        self,
+        owner: FunctionFace[Any, Any],
+        stage: Stage,
+        wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None,
+    ) -> None:
         self._owner = owner
         self._stage = stage
-        self._call = call
+        self._wrap = wrap or (lambda fn: fn)
+        self._pooled = owner.pooled(stage)
         self.tally = owner.tally
         self.lanes: dict[Any, Lane] = {}
         self._names: dict[str, Lane | None] = {OTHERS: None}
@@ -107,7 +123,7 @@ class LaneBook:
         if lane is None:
             if len(self.lanes) >= self._clean_at:
                 self._clean()
-            made = self._owner.make_lane(self._stage, key, str(key), self._call)
+            made = self._owner.make_lane(self._stage, key, str(key), self._wrap, self._pooled)
             lane = self.lanes.setdefault(key, made)
             if lane is made:
                 self._tell_apart(key, lane)
@@ -137,6 +153,10 @@ class LaneBook:
             self._forget_at = 2 * max(LANES_KEPT, left)
             self._clean_at = LANES_KEPT
 
+    def of(self, names: Iterable[str]) -> dict[str, Lane]:
+        """Return the lanes of some sources, by their names."""
+        return {name: self.lane(name) for name in names}
+
     def release(self) -> None:
         """Give back what the lanes have of their owner, when their run is over."""
         for lane in [*self.lanes.values()]:
@@ -153,22 +173,23 @@ class LaneBook:
 
 
 class FunctionFace(Reporting, Generic[P, V]):
-    """An executor of one function, in either world.
+    """An executor of one function, or of several sources, in either world.
 
     Args:
-        fn: Called with each payload; a coroutine function under asyncio.
+        fn: Called with each payload, a coroutine function under asyncio; or the sources.
         stage: Where its runs take place.
-        policy, lane_by, key, on_event: See TaskScheduler.
+        policy, lane_by, key, on_event, route_by: See TaskScheduler.
     """
 
     def __init__(
         self,
-        fn: Callable[[P], Any],
+        fn: Callable[[P], Any] | Sequence[Source],
         stage: Stage,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        route_by: RouteBy = "order",
     ) -> None:
         require_kind("policy", policy, ExecutionPolicy)
         for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
@@ -176,12 +197,19 @@ class FunctionFace(Reporting, Generic[P, V]):
             refuse_async(name, value, "a plain function: it is called where nothing is awaited")
         refuse_async_predicate("policy.retry.retry_on", policy.retry)
         check_live_limits(policy.limits, stage.clock)
+        self._router = make_router(fn, route_by, policy)
+        if self._router is None:
+            self._fn = require_callable("fn", fn)
+        elif lane_by is not None:
+            refuse("lane_by", lane_by, "None where there are sources: each is a lane")
+        else:
+            for source in self._router.sources.values():
+                check_live_limits(source.limits, stage.clock)
         if lane_by is None:  # else there may be any number of lanes, and each has that budget
-            calls = calls_of(policy.budget)
-            refuse_beyond_budget(policy.stop, calls, only_calls_fail=key is None and not policy.limits)
+            only_calls_fail = key is None and not policy.limits and self._router is None
+            refuse_beyond_budget(policy.stop, calls_of(policy.budget), only_calls_fail=only_calls_fail)
         self.stage = stage
         self.tally = Tally()
-        self._fn = fn
         self.policy = policy
         self._lane_by = lane_by
         self._key = key
@@ -191,19 +219,21 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
-        book = LaneBook(self, stage, self._fn)
-        lane = None if self._lane_by is not None else book.lane(_ONE_LANE)
+        book = LaneBook(self, stage)
+        routed = self._router is not None
+        lane = None if routed or self._lane_by is not None else book.lane(_ONE_LANE)
+        lanes = [*book.of(self._router.names).values()] if self._router is not None else [] if lane is None else [lane]
         feed = Feed(
             FeedKind.INPUTS,
             lambda: inputs,
-            self._preparer(book),
+            self._preparer(book) if self._router is None else self._sender(book, self._router),
             label="inputs",
             lane=lane,
             handful=handful_of(self.policy.lookahead),
         )
         return Session(
             stage,
-            [] if lane is None else [lane],
+            lanes,
             stop=self.policy.stop,
             feed=feed,
             data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
@@ -215,8 +245,18 @@ class FunctionFace(Reporting, Generic[P, V]):
         )
 
     def lane_key(self, payload: P) -> Any:
-        """Return the key of the lane of a payload."""
+        """Return the key of the lane of a payload; of sources the first."""
+        if self._router is not None:
+            return self._router.names[0]
         return _ONE_LANE if self._lane_by is None else self._lane_by(payload)
+
+    def send(self, attempt: Attempt, book: LaneBook) -> Attempt | Awaitable[Attempt]:
+        """Give a task its route, where there are sources."""
+        if self._router is not None:
+            return self._router.send(attempt, book.of(self._router.names))
+        if attempt.task is not None:
+            refuse_routes(attempt.task)
+        return attempt
 
     def _preparer(self, book: LaneBook) -> Callable[[Any], Any]:
         """Return what makes an attempt of an input, or a pair of its lane and a bare payload; user code runs in it."""
@@ -228,6 +268,8 @@ class FunctionFace(Reporting, Generic[P, V]):
             if isinstance(item, Task):
                 task, payload = item, item.payload
             try:
+                if task is not None:
+                    refuse_routes(task)
                 lane_key = lane_by(payload)
                 lane = known(lane_key)
                 if lane is None or lane.forgotten:
@@ -242,8 +284,43 @@ class FunctionFace(Reporting, Generic[P, V]):
 
         return prepare
 
-    def make_lane(self, stage: Stage, key: Any, name: str, call: Callable[[Any], Any]) -> Lane:
+    def _sender(self, book: LaneBook, router: Router) -> Callable[[Any], Any]:
+        """Return what makes an attempt of an input, with its route; user code runs in it."""
+        lanes, key = book.of(router.names), self._key
+        first = next(iter(lanes.values()))
+
+        def send(item: Any) -> Any:
+            task = item if isinstance(item, Task) else Task(item)
+            attempt = Attempt(task.payload, task, first)
+            try:
+                if key is not None:
+                    attempt.task = replace(task, key=key(task.payload))
+                sent = router.send(attempt, lanes)
+            except Exception as error:  # the item is bad, not the run
+                attempt.outcome = Raised(error)
+                return attempt
+            return sent if isinstance(sent, Attempt) else _ready(attempt, sent)
+
+        return send
+
+    def pooled(self, stage: Stage) -> list[Allowance]:
+        """Return what the lanes of a run take from together: of one function each has its own."""
+        policy = self.policy
+        return [] if self._router is None else stage.pooled(policy.budget, check_quota("quota", policy.quota))
+
+    def make_lane(
+        self,
+        stage: Stage,
+        key: Any,
+        name: str,
+        wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
+        pooled: Sequence[Allowance],
+    ) -> Lane:
         """Make the lane of a key in one run."""
+        if self._router is not None:
+            source = self._router.sources[key]
+            return source.make_lane(stage, self.stage.clock, wrap(source.fetch), self.policy.lookahead, pooled)
+        call = wrap(self._fn)
         while True:
             gate = stage.gate(
                 self.gates,
@@ -278,16 +355,20 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], V],
+        fn: Callable[[P], V] | Sequence[Source],
         clock: VirtualClock | None,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        route_by: RouteBy = "order",
     ) -> None:
-        require_callable("fn", fn)
-        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event)
-        refuse_async("fn", fn, f"a plain function: an async one needs Async{type(self).__name__}")
+        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, route_by)
+        allowed = f"a plain function: an async one needs Async{type(self).__name__}"
+        refuse_async("fn", fn, allowed)
+        for source in () if self._router is None else self._router.sources.values():
+            refuse_async(f"fetch of {source.name!r}", source.fetch, allowed)
+            refuse_async(f"accepts of {source.name!r}", source.accepts, allowed)
         self._calls: _Calls | None
         self.start_afresh()
         restart_after_fork(self)
@@ -296,7 +377,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         """Forget the calls that are going on: after a fork they are the parent's."""
         self._calls = None
         self._calls_lock = Lock()
-        self._calls_book = LaneBook(self, self.stage, self._call_in_context)
+        self._calls_book = LaneBook(self, self.stage, lambda fn: partial(self._call_in_context, fn))
         self.gates.start_afresh()
 
     def run(
@@ -351,7 +432,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
                         self._calls = _Calls(self.stage, self._calls_book, self._on_event)
                     calls = self._calls
                     calls.pending += 1
-            return calls.call(task, lane)  # type: ignore[no-any-return]
+            return calls.call(task, lane, self)  # type: ignore[no-any-return]
         finally:
             if calls is not None:
                 with self._calls_lock:  # held until all is over: the next run of calls takes up the same lanes
@@ -366,11 +447,21 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
                 if is_last:
                     calls.join()
 
-    def _call_in_context(self, call: Call) -> Any:
+    @staticmethod
+    def _call_in_context(fn: Callable[[Any], Any], call: Call) -> Any:
         try:
-            return run_in(call.context.copy(), self._fn, call.payload, call.tokens)
+            return run_in(call.context.copy(), fn, call.payload, call.tokens)
         except (SystemExit, KeyboardInterrupt) as error:
             raise Exit from error
+
+
+async def _ready(attempt: Attempt, sent: Awaitable[Attempt]) -> Attempt:
+    """Return a task when it is known which sources take it."""
+    try:
+        return await sent
+    except Exception as error:  # the item is bad, not the run
+        attempt.outcome = Raised(error)
+        return attempt
 
 
 def unnamed(payload: Any) -> Task[Any]:
@@ -412,6 +503,7 @@ class Calls:
 
     def __init__(self, stage: Stage, book: LaneBook, on_event: Callable[[Event], object] | None) -> None:
         self.pending = 0
+        self.book = book
         book.tally.settle([*book.lanes.values()])
         for lane in [*book.lanes.values()]:
             lane.renew()
@@ -466,12 +558,14 @@ class Calls:
 class _Calls(Calls):
     """The run behind `call` of threads."""
 
-    def call(self, task: Task[Any], lane: Lane) -> Any:
+    def call(self, task: Task[Any], lane: Lane, owner: FunctionFace[Any, Any]) -> Any:
         """Submit a task and wait for its value."""
         session = self.session
         replies = session.clock.queue()
         call = Call(task.payload, replies.put, session.clock)
         attempt = Attempt(call, task, lane)
+        if owner.send(attempt, self.book) is not attempt:
+            raise TypeError("accepts returned an awaitable, and nobody awaits it here")
         self.waiting.add(call)
         session.crew.post(session.run.submitted, attempt)
         leave = self.withdraw_with(call.outer, attempt)
@@ -544,8 +638,14 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
     """Runs a function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
 
     Args:
-        fn: Called with each payload, in worker threads.
-        policy: See ExecutionPolicy.
+        fn_or_sources: A function, called with each payload in worker threads; or sources, whose `fetch` is.
+        policy: See ExecutionPolicy.  Where there are sources, each has its own limits, concurrency, retries, timeout
+            and breaker; the policy's stop and lookahead hold for all, its budget and quota for all of them together.
+        route_by: Which source does a task, of those that its `routes` name, or of all: "order" tries them as they are
+            listed; "cost" the cheapest first, by `Source.cost` and the task's amount, and of those that cost the same
+            first what has a budget or quota: the free tier, then what is included, then what is paid for.  Equal ones
+            share the tasks.  A task goes on to the next source when one has failed for good, after its own retries, has
+            an open breaker or nothing left to use; it does not while it merely has to wait for limits.
         lane_by: Gives the lane of a payload, by any hashable key: each has limits, concurrency, a budget and a breaker
             of its own, and worker threads for its concurrency, where its calls take time.  Of more than 1,000 lanes
             those are forgotten that are as if they were new; `by_source["(others)"]` is what they did.  Not more than
@@ -561,19 +661,30 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
     >>> report = TaskScheduler(str.upper, policy).run(["a", "b", "c"])
     >>> report.values(), report.skipped_count
     (['A', 'B'], 1)
+
+    A free source for as long as it lasts, then one that costs 2 cents a call, and 4 cents in all:
+
+    >>> free, paid = Source("free", str.lower, budget=1), Source("paid", str.upper, cost=0.02)
+    >>> policy = ExecutionPolicy(budget={"cost": 0.04})
+    >>> report = TaskScheduler([paid, free], policy, route_by="cost").run(["Aa", "Bb", "Cc", "Dd"])
+    >>> report.values(), report.total_cost, report.results[3].reason
+    (['aa', 'BB', 'CC'], 0.04, 'budget_exhausted')
+    >>> [(hop.source, hop.reason) for hop in report.results[1].trail]
+    [('free', 'budget_exhausted'), ('paid', 'succeeded')]
     """
 
     def __init__(
         self,
-        fn: Callable[[P], V],
-        policy: ExecutionPolicy,
+        fn_or_sources: Callable[[P], V] | Sequence[Source],
+        policy: ExecutionPolicy = ExecutionPolicy(),
         *,
         lane_by: Callable[[P], Any] | None = None,
+        route_by: RouteBy = "order",
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        super().__init__(fn, clock, policy, lane_by, key, on_event)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, route_by)
 
     @classmethod
     def from_manifest(cls, fn: Callable[[P], V], manifest: RunManifest, **options: Any) -> Self:

@@ -77,6 +77,18 @@ def check_key(name: str, key: object) -> None:
             refuse_type(name, key, "a str, int, float, bytes, or a tuple of those")
 
 
+def _check_routes(routes: object) -> tuple[str, ...]:
+    """Refuse what is no sequence of different names; return a tuple of them."""
+    if isinstance(routes, str) or not isinstance(routes, Sequence):
+        refuse_type("routes", routes, "a sequence of names of sources")
+    for name in routes:
+        if not require_kind("an item of routes", name, str):
+            refuse("routes", routes, "names that are not empty")
+    if len(set(routes)) < len(routes):
+        refuse("routes", routes, "each source once")
+    return tuple(routes)
+
+
 @dataclass(frozen=True, slots=True)
 class Task(Generic[P]):
     """One unit of work.  A bare payload stands for `Task(payload)`.
@@ -87,7 +99,8 @@ class Task(Generic[P]):
         priority: The lower number goes first, among those taken.
         amount: What it uses of each limit: a number of every limit's unit, or a mapping by unit.
         timeout: Seconds for one attempt; None for what the policy says.
-        routes: Names of the sources that can do it.
+        routes: Names of the sources that can do it, of a scheduler that has several; none means all of them.
+        prefer: The source to try first, if it can do it, whatever the scheduler goes by; None for no preference.
         metadata: Yours; the engine hands it through.
     """
 
@@ -97,6 +110,7 @@ class Task(Generic[P]):
     amount: Amount = 1
     timeout: float | None = None
     routes: tuple[str, ...] = ()
+    prefer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -105,8 +119,9 @@ class Task(Generic[P]):
         require_amount("amount", self.amount)
         if isinstance(self.amount, Mapping):
             object.__setattr__(self, "amount", dict(self.amount))  # plain: the engine looks into it under its lock
-        if self.routes:
-            refuse("routes", self.routes, "none: a scheduler has one function")
+        if self.routes != ():
+            object.__setattr__(self, "routes", _check_routes(self.routes))
+        optional(require_kind, "prefer", self.prefer, str)
         optional(require_positive, "timeout", self.timeout)
 
 
@@ -120,13 +135,28 @@ class Query(Task[P]):
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """One source that a task was with, of several that could do it.
+
+    `attempts` made there; `reason` why it went on: "failed", "error" or "timeout" with the `error`, "budget_exhausted"
+    or "breaker_open"; of the last one how the task ended.
+    """
+
+    source: str
+    attempts: int
+    reason: str
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResult(Generic[P, V]):
     """What became of one task.
 
     `attempts` counts the calls made that count; `usage` is what all calls made used, those that were throttled too, by
     unit: "calls", and what each recorded (`current_attempt().record`), else what the task's `amount` names, and the
     "cost" of its source.  `started_at` (seconds since the epoch) and `duration` (seconds) are the last attempt's, None
-    and 0.0 where there was none.
+    and 0.0 where there was none.  Of a task that several sources can do `source` is the last one, and `trail` has all
+    that it was with; of others the trail is empty.
     """
 
     task: Task[P]
@@ -139,6 +169,7 @@ class TaskResult(Generic[P, V]):
     source: str = ""
     started_at: float | None = None
     duration: float = 0.0
+    trail: tuple[Hop, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -166,13 +197,14 @@ class QueryResult(TaskResult[P, Any]):
 
 
 _new = object.__new__
-_put_payload, _put_key, _put_priority, _put_amount, _put_timeout, _put_routes, _put_metadata = (
+_put_payload, _put_key, _put_priority, _put_amount, _put_timeout, _put_routes, _put_prefer, _put_metadata = (
     getattr(Task, of.name).__set__ for of in fields(Task)
 )
 _put_node, _put_level, _put_source = (getattr(Query, name).__set__ for name in ("node", "level", "source"))
-_put_task, _put_status, _put_value, _put_error, _put_reason, _put_attempts, _put_usage, _put_from, _put_at, _put_for = (
-    getattr(TaskResult, of.name).__set__ for of in fields(TaskResult)
-)
+(
+    _put_task, _put_status, _put_value, _put_error, _put_reason, _put_attempts, _put_usage, _put_from, _put_at,
+    _put_for, _put_trail,
+) = (getattr(TaskResult, of.name).__set__ for of in fields(TaskResult))  # fmt: skip
 
 # What the engine itself makes, one for each task: as the classes would, in a third of the time, for nothing is checked.
 
@@ -186,6 +218,7 @@ def bare_task(payload: Any, kind: type[Task[Any]] = Task) -> Any:
     _put_amount(task, 1)
     _put_timeout(task, None)
     _put_routes(task, ())
+    _put_prefer(task, None)
     _put_metadata(task, {})
     return task
 
@@ -210,6 +243,7 @@ def made_result(
     source: str,
     started_at: float | None,
     duration: float,
+    trail: tuple[Hop, ...] = (),
 ) -> TaskResult[Any, Any]:
     """Return the result of a task, a QueryResult if that is a Query."""
     result: TaskResult[Any, Any] = _new(QueryResult if isinstance(task, Query) else TaskResult)
@@ -223,6 +257,7 @@ def made_result(
     _put_from(result, source)
     _put_at(result, started_at)
     _put_for(result, duration)
+    _put_trail(result, trail)
     return result
 
 
@@ -257,12 +292,12 @@ class SourceReport(_Timed):
     """What one source, or one lane, did in a run.
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
-    `RateLimitError`; `usage` is by unit what they used in all, `cost` and `tokens` are its units of that name.
-    `busy_seconds` is the time that they took, and `p50`, `p95`, `p99` and `latency(q)` say how long each did, failed
-    ones and those that were given up included, to within 1 %; None where there was none.  `first_at` and `last_at` are
-    the instants of the first and last answer, in seconds since the run's start.  `remaining` is by unit what budgets
-    and quotas had left at the end, the least where there are several; `remaining_budget` the calls that it could still
-    have made, None where nothing counts them.
+    `RateLimitError`, `rerouted` the tasks that went on to another source; `usage` is by unit what the calls used in
+    all, `cost` and `tokens` are its units of that name.  `busy_seconds` is the time that they took, and `p50`, `p95`,
+    `p99` and `latency(q)` say how long each did, failed ones and those that were given up included, to within 1 %; None
+    where there was none.  `first_at` and `last_at` are the instants of the first and last answer, in seconds since the
+    run's start.  `remaining` is by unit what budgets and quotas had left at the end, the least where there are several;
+    `remaining_budget` the calls that it could still have made, None where nothing counts them.
     """
 
     name: str
@@ -273,6 +308,7 @@ class SourceReport(_Timed):
     skipped: dict[str, int] = field(default_factory=dict)
     retries: int = 0
     throttled: int = 0
+    rerouted: int = 0
     busy_seconds: float = 0.0
     usage: dict[str, float] = field(default_factory=dict)
     remaining: dict[str, float] = field(default_factory=dict)
@@ -338,7 +374,9 @@ class SourceReport(_Timed):
             self.times.merge(other.times)
 
 
-_SUMS = ("calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "busy_seconds")
+_SUMS = (
+    "calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "rerouted", "busy_seconds"
+)
 
 OTHERS = "(others)"
 """The name under which a report sums up lanes that were forgotten, for there were too many."""

@@ -8,61 +8,35 @@ source.  There is no barrier between levels, and no source waits for another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
-from weakref import WeakKeyDictionary
 
-from .core.gate import Gate
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.place import ROOTS, level_of, place_below
-from .core.purse import Tariff
 from .core.run import Record
 from .core.steps import Raised
 from .core.tree import Found, NodeKey, Tree, place_of
 from .counters import Tally
 from .drivers.calls import check_value, is_plain_data, refuse_async
-from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
-from .errors import (
-    optional,
-    refuse,
-    refuse_type,
-    require_callable,
-    require_count,
-    require_kind,
-    require_positive,
-)
+from .errors import optional, refuse_type, require_callable, require_count, require_kind
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
-from .policy import (
-    BreakerPolicy,
-    Budgets,
-    Limit,
-    LiveQuota,
-    RetryPolicy,
-    StopConditions,
-    calls_of,
-    check_budget,
-    check_cost,
-    check_limits,
-    check_quota,
-    refuse_beyond_budget,
-)
+from .policy import StopConditions, calls_of, refuse_beyond_budget
+from .routing import check_sources, refuse_routes
 from .session import (
     Face,
-    OwnedGate,
     Reporting,
     Session,
     Stage,
     Stream,
     check_live_limits,
     check_run,
-    refuse_async_predicate,
     result_of,
     threads_stage,
-    timeout_verdict,
 )
+from .source import Source
 
 N = TypeVar("N", bound=Hashable)
 
@@ -87,97 +61,6 @@ def opened(name: str, value: Any) -> Iterable[Any]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} returned {value!r}, allowed is None or an iterable that is not a string")
     return value
-
-
-class Source:
-    """Something that can be asked, and its limits.
-
-    Args:
-        name: Names it in reports.
-        fetch: Called with a Query; returns an iterable of the items found.  A plain function for a QueryExecutor, which
-            calls it in a worker thread, an async one for an AsyncQueryExecutor.
-        limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
-        concurrency: Calls at once.
-        budget: Calls in one run; or what it may use in one by unit, as in {"calls": 100, "cost": 2.5}.  None for no
-            bound.  What else than calls a call uses is reserved, by its task's amount (of "cost", by what such a call
-            costs), and settled when it is over by what it has recorded.  So a budget is exceeded by no more than what
-            the calls in flight use beyond their amounts.  A task that finds too little left is SKIPPED as
-            `budget_exhausted`, a retry keeps the failure it had; one that may still get what calls in flight have
-            reserved waits for them.
-        quota: A live `Quota`, or several; None for none.  As a budget, of a period of the calendar: all who have the
-            same one share it, and what others hold counts as used.  It goes by its own clock, also in a run on a
-            VirtualClock: `now_fn=clock.wall_time` has its days pass.
-        breaker: When it is left alone after failures; None for never.
-        retry: Whether and when a failed call is made again.
-        timeout: Seconds for one call; None for no bound.
-        accepts: Called with a Query; False has it SKIPPED as `unsupported`.  Under asyncio it may be async.
-        cost: What one call costs; or prices by unit, as in {"tokens": 2e-6}, that of "calls" for each.  A call that
-            records its tokens, or its cost, costs that.
-        max_abandoned: Hung calls given up, and not back yet, at which it is asked no more; see ExecutionPolicy.
-
-    Rate, window and breaker state belong to this object and hold across runs and executors.  Thread-safe.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        fetch: Callable[[Query[Any]], Iterable[Any] | AsyncIterable[Any] | Awaitable[Iterable[Any]]],
-        limits: Sequence[Limit] = (),
-        concurrency: int = 1,
-        budget: Budgets | None = None,
-        quota: LiveQuota | Sequence[LiveQuota] | None = None,
-        *,
-        breaker: BreakerPolicy | None = None,
-        retry: RetryPolicy = RetryPolicy(),
-        timeout: float | None = None,
-        accepts: Callable[[Query[Any]], bool | Awaitable[bool]] | None = None,
-        cost: float | Mapping[str, float] = 0.0,
-        max_abandoned: int | None = None,
-    ) -> None:
-        if not require_kind("name", name, str):
-            refuse("name", name, "a name that is not empty")
-        require_callable("fetch", fetch)
-        optional(require_callable, "accepts", accepts)
-        optional(require_kind, "breaker", breaker, BreakerPolicy)
-        optional(require_positive, "timeout", timeout)
-        optional(require_count, "max_abandoned", max_abandoned)
-        self.name = name
-        self.fetch = fetch
-        self.limits = check_limits("limits", limits)
-        self.concurrency = require_count("concurrency", concurrency)
-        self.budget = check_budget("budget", budget)
-        self.quotas = check_quota("quota", quota)
-        self.breaker = breaker
-        self.retry = require_kind("retry", retry, RetryPolicy)
-        self.timeout = timeout
-        self.accepts = accepts
-        self.tariff = Tariff(check_cost("cost", cost))
-        self.max_abandoned = max_abandoned
-        refuse_async_predicate("retry.retry_on", retry)
-        self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
-
-    def make_lane(self, stage: Stage, clock: Clock, call: Callable[[Query[Any]], Any], lookahead: int) -> Lane:
-        """Return the source's lane in one run on a stage, of an executor that goes by a clock.
-
-        Each clock has a gate of its own: what was used in real time says nothing about a virtual one.
-        """
-        return Lane(
-            self.name,
-            stage.gate(self._gates, clock, lambda clock: OwnedGate(self.limits, self.breaker, clock)),
-            call,
-            concurrency=self.concurrency,
-            lookahead=lookahead,
-            retry=self.retry,
-            retries_timeouts=timeout_verdict(self.retry),
-            timeout=self.timeout,
-            budget=calls_of(self.budget),
-            allowances=stage.allowances(self.budget, self.quotas),
-            max_abandoned=self.max_abandoned,
-            tariff=self.tariff,
-        )
-
-    def __repr__(self) -> str:
-        return f"<Source {self.name!r}>"
 
 
 @runtime_checkable
@@ -213,11 +96,7 @@ class HierarchyFace(Reporting):
         lookahead: int,
         on_event: Callable[[Event], object] | None,
     ) -> None:
-        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            refuse_type("sources", sources, "a sequence of Source")
-        names = [source.name for source in sources]
-        if not names or len(set(names)) < len(names):
-            refuse("sources", names, "one or more sources of different names")
+        check_sources(sources)
         for method in ("queries", "children"):
             if not callable(getattr(plan, method, None)):
                 refuse_type("plan", plan, f"an object with the methods queries and children; {method} is missing")
@@ -471,6 +350,7 @@ class _Feeds:
         attempt = Attempt(query, query, lane)
         attempt.rank = (query.priority, below, child, number)
         try:
+            refuse_routes(query)
             if query.node is key.node:
                 attempt.node = key
                 attempt.is_plain = query.payload is item and key.below is below and key.child == child

@@ -42,6 +42,7 @@ from .model import (
     OTHERS,
     CancellationToken,
     Event,
+    Hop,
     RunReport,
     SourceReport,
     TaskResult,
@@ -96,9 +97,12 @@ class Stage:
 
     def allowances(self, budget: Budgets | None, quotas: Sequence[LiveQuota]) -> list[Allowance]:
         """Return what a run takes from: of a budget all that is not of calls, which a lane counts itself."""
-        units = budget if isinstance(budget, Mapping) else {}
-        budgets = [Budget(unit, limit) for unit, limit in units.items() if unit != "calls"]
-        return [*budgets, *map(self.account, quotas)]
+        return [one for one in self.pooled(budget, quotas) if not (isinstance(one, Budget) and one.unit == "calls")]
+
+    def pooled(self, budget: Budgets | None, quotas: Sequence[LiveQuota]) -> list[Allowance]:
+        """Return what the lanes of a run take from together."""
+        units = budget if isinstance(budget, Mapping) else {} if budget is None else {"calls": budget}
+        return [*(Budget(unit, limit) for unit, limit in units.items()), *map(self.account, quotas)]
 
 
 def threads_stage(clock: VirtualClock | None) -> Stage:
@@ -183,19 +187,27 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
     task = task_of(attempt)
     outcome = attempt.outcome
     raised = type(outcome) is Raised
-    started = attempt.number > 0
+    attempts = attempt.attempts
+    started = attempts > 0
     assert attempt.status is not None
+    route = None if attempt.trail is None else attempt.trail.route
+    error = outcome.error if raised else None
+    trail: tuple[Hop, ...] = ()
+    if route is not None:
+        ended = attempt.reason or attempt.status.value
+        trail = (*route.hops, Hop(attempt.lane.name, attempt.number, ended, error))
     return made_result(
         task,
         attempt.status,
         None if raised else outcome,
-        outcome.error if raised else None,
+        error,
         attempt.reason,
-        attempt.number,
+        attempts,
         attempt.usage,
         attempt.lane.name,
         attempt.started_at + wall_offset if started else None,
         attempt.duration if started else 0.0,
+        trail,
     )
 
 

@@ -529,7 +529,7 @@ def everything() -> Counters:
     """Counters with all there is."""
     full = SourceCounters(
         calls=7, success_count=3, failure_count=2, cancelled_count=1, skipped={"unsupported": 2, "duplicate": 1},
-        retries=4, throttled=5, busy_seconds=1e-7, usage={"tokens": 1e21, "cost": float("inf")}, running=6, queued=8,
+        retries=4, throttled=5, rerouted=14, busy_seconds=1e-7, usage={"tokens": 1e21, "cost": float("inf")}, running=6, queued=8,
         hanging=9, breaker="half open", remaining={"calls": 10, "tokens": -11.5},
     )
     return Counters(12, 13, {"one": SourceCounters(), "all": full})
@@ -544,7 +544,7 @@ def test_every_field_is_in_the_text_with_its_kind_and_in_the_same_order_always()
         assert ends == {family.type == "counter"} and family.type in ("counter", "gauge")
         assert family.name.startswith("my_app_")
     values = sorted(sample.value for family in families.values() for sample in family.samples if sample.value)
-    everywhere = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, -11.5, 12, 13, 1, 2, 1, 1e-7, 1e21, float("inf")]
+    everywhere = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, -11.5, 12, 13, 14, 1, 2, 1, 1e-7, 1e21, float("inf")]
     assert values == sorted(everywhere)
     assert samples(text)["my_app_remaining", "all", "tokens"] == -11.5
     assert "my_app_remaining" in families and ("my_app_remaining", "one", "tokens") not in samples(text)
@@ -552,7 +552,7 @@ def test_every_field_is_in_the_text_with_its_kind_and_in_the_same_order_always()
     reasons = [line for line in text.splitlines() if line.startswith("my_app_skipped_total")]
     assert [line.split('reason="')[1].split('"')[0] for line in reasons] == ["duplicate", "unsupported"]
     assert {line.split()[1] for line in text.splitlines() if "cost" in line and "#" not in line} == {"+Inf"}
-    assert len(fields(SourceCounters)) == 14, "a new field belongs into this test"
+    assert len(fields(SourceCounters)) == 15, "a new field belongs into this test"
 
 
 @pytest.mark.parametrize("prefix", ["", "1st", "with-dash", "with space", "ünicode", "a:b", "a\n"])

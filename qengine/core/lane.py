@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any
 
@@ -18,6 +18,7 @@ from .gate import Gate
 from .latency import Latencies
 from .purse import Budget, Purse, Tariff
 from .quota import Allowance, Hold
+from .route import Route
 
 Rank = tuple[Any, ...]
 
@@ -35,10 +36,15 @@ HELD_UP = 0.050
 class Trail:
     """What only few tasks need to remember between their attempts."""
 
-    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "recorded", "throttles", "uncounted")
+    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "recorded", "route", "throttles", "uncounted")
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+        self.route: Route | None = None  # where several sources can do it
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with another source: what was there so far is another's, but for the error."""
         self.give_up_at = math.inf
         self.alarm = 0  # the number of the one that is set for that instant
         self.has_budget = False
@@ -107,8 +113,22 @@ class Attempt:
         return 1 if self.task is None else self.task.amount
 
     @property
+    def attempts(self) -> int:
+        """Attempts made that count, at all sources."""
+        route = None if self.trail is None else self.trail.route
+        return self.number if route is None else self.number + route.attempts
+
+    @property
     def usage(self) -> dict[str, float]:
         """What all calls made for the task used, by unit."""
+        usage = self.usage_here
+        if self.trail is not None and self.trail.route is not None:
+            _add(usage, self.trail.route.usage)
+        return usage
+
+    @property
+    def usage_here(self) -> dict[str, float]:
+        """What all calls used that were made for the task at the source where it is now."""
         trail = self.trail
         if trail is None and self.number == 1:
             return {**self.lane.tariff.used_by(self.amount), "calls": 1.0}
@@ -420,6 +440,11 @@ class Lane:
         self.pulling: Feed | None = None
 
     @property
+    def load(self) -> float:
+        """How much it has to do, for what it can do at once."""
+        return (self.taken - self.ended_count) / self.concurrency
+
+    @property
     def ended_count(self) -> int:
         """Tasks that have their result."""
         stats = self.stats
@@ -456,12 +481,12 @@ class Lane:
 
     @property
     def units(self) -> set[str]:
-        """What its limits, its allowances and its prices count."""
+        """What its limits, its allowances and its prices count; and money, where its calls cost something."""
         return self.gate.units | self.tariff.units | (set() if self.purse is None else self.purse.units)
 
-    def check(self, amount: Amount) -> None:
-        """Refuse an amount that could never be had."""
-        self.gate.check(amount, self.units | ({"cost"} if not self.tariff.is_free else set()))
+    def check(self, amount: Amount, others: Set[str] = frozenset()) -> None:
+        """Refuse an amount that could never be had, or of a unit that neither it nor others count."""
+        self.gate.check(amount, self.units | others)
         if self.purse is not None:
             self.purse.check(amount)
 

@@ -34,8 +34,8 @@ class Tariff:
 
     @property
     def units(self) -> set[str]:
-        """What has a price."""
-        return set(self._prices)
+        """What has a price; and "cost", unless it is free."""
+        return set(self._prices) if self.is_free else {*self._prices, "cost"}
 
     @property
     def is_free(self) -> bool:
@@ -87,10 +87,11 @@ class Purse:
             back whose calls are free, as far as is known.
     """
 
-    __slots__ = ("_is_free", "_pooled_cost", "_tariff", "allowances")
+    __slots__ = ("_is_free", "_pooled_cost", "_tariff", "allowances", "has_own")
 
     def __init__(self, allowances: Sequence[Allowance], tariff: Tariff, pooled: Sequence[Allowance] = ()) -> None:
         self.allowances = (*allowances, *pooled)
+        self.has_own = bool(allowances)
         self._tariff = tariff
         self._is_free = tariff.is_free
         self._pooled_cost = frozenset(allowance for allowance in pooled if allowance.unit == "cost")

@@ -20,18 +20,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 from ..errors import TaskError, TaskTimeoutError
-from ..model import OTHERS, Event, SourceReport, Task, TaskStatus
+from ..model import OTHERS, Event, Hop, SourceReport, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
 from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane
 from .purse import Parts, Purse
+from .route import Route, Standing
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
@@ -124,6 +125,7 @@ class Run:
         self._last_end = -INF
         self._index = 0
         self._keys: set[Any] = set()
+        self._is_routed = False  # whether there are tasks that several sources can do
         self._short: set[Lane] = set()  # lanes that wait for what calls may give back
         self._smooth: dict[Lane, None] = {}  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
@@ -512,6 +514,13 @@ class Run:
             self.records.extend([None] * count)
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
+        route = None if attempt.trail is None else attempt.trail.route
+        if route is not None:
+            for each in route.ranks:
+                if not each.joined:
+                    self._join(each)
+            attempt.lane = self._best_lane(attempt, route, now)
+            self._is_routed = True
         lane = attempt.lane
         if not lane.joined:
             self._join(lane)
@@ -530,9 +539,9 @@ class Run:
         else:
             heappush(lane.heap, (attempt.rank, attempt))
         self._ruffle()
-        if not lane.active:
-            lane.active = True
-            self.active.append(lane)
+        self._activate(lane)
+        if route is not None:
+            self._offer_to_equals(lane, route)
 
     def _refused(self, attempt: Attempt, now: float) -> bool:
         """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
@@ -542,7 +551,8 @@ class Run:
             attempt.rank = (*attempt.rank, attempt.index)
         elif task.priority:
             attempt.rank = (task.priority, attempt.index)
-        if attempt.outcome is None and task.amount != 1:
+        is_checked = attempt.trail is not None and attempt.trail.route is not None  # each source was asked
+        if attempt.outcome is None and task.amount != 1 and not is_checked:
             try:
                 attempt.lane.check(task.amount)
             except ValueError as error:
@@ -667,6 +677,8 @@ class Run:
             if lane.raw and not lane.fifo:
                 self._draw(lane, 1)
             attempt = lane.fifo[0] if lane.fifo and not lane.heap else lane.head()
+            if attempt is None and self._is_routed:
+                attempt = self._help_out(lane, now)
             if attempt is None:
                 if self._data is not None and lane.resume_at == INF:
                     continue  # all that was taken had its result at once
@@ -684,6 +696,8 @@ class Run:
                 if attempt.status is not None:  # skipped
                     if self.stop_reason is not None:  # ... as the last straw
                         return None
+                    continue
+                if attempt.lane is not lane:  # it went on to another source
                     continue
             timeout = lane.timeout
             if lane.accounts or not attempt.is_plain:
@@ -743,7 +757,9 @@ class Run:
                 self._short.add(lane)
                 return INF  # what runs may turn out to use less
             spent = True
-        if (shut or hangs or spent) and self._skipped(lane, attempt, spent, now):
+        if (shut or hangs or spent) and (
+            self._passed_on(attempt, spent, now) or self._skipped(lane, attempt, spent, now)
+        ):
             return now
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
@@ -812,7 +828,7 @@ class Run:
         if trail is None or trail.error is None:
             self._end(attempt, SKIPPED, now)
         else:
-            self._fail(attempt, trail.error, now)
+            self._fail_for_good(attempt, trail.error, now)
         return True
 
     @staticmethod
@@ -964,9 +980,13 @@ class Run:
         self._activate(lane)
 
     def _fail(self, attempt: Attempt, error: BaseException, now: float) -> None:
+        """The source where a task is has failed for good: another one may try it."""
+        if not self._falls_back(attempt, error, now):
+            self._fail_for_good(attempt, error, now)
+
+    def _fail_for_good(self, attempt: Attempt, error: BaseException, now: float) -> None:
         attempt.outcome = Raised(error)
-        timed_out = isinstance(error, TaskTimeoutError)
-        self._end(attempt, TIMEOUT if timed_out else FAILED if isinstance(error, TaskError) else ERROR, now)
+        self._end(attempt, _failure(error), now)
 
     def _end(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
         """Give a task its result."""
@@ -1027,6 +1047,112 @@ class Run:
         if not (type(outcome) is Raised and outcome.cancelled):  # a call that ended as it was told to gave no answer
             self._tell("late", now, attempt)
 
+    # ---- several sources ---------------------------------------------------------------------------------------------
+
+    def _best_lane(self, attempt: Attempt, route: Route, now: float) -> Lane:
+        """Return where a task should go: of the lanes that take it now, else of those that may later, the first.
+
+        Of lanes that are as good as each other, the one that has least to do.
+        """
+        lanes: Iterable[Lane] = route.ranks
+        return min(lanes, key=lambda lane: (self._standing(lane, attempt, now), route.ranks[lane], lane.load))
+
+    def _standing(self, lane: Lane, attempt: Attempt, now: float) -> Standing:
+        """Say whether a lane takes a task, apart from its limits, which are waited for."""
+        gate, breaker, purse, trail = lane.gate, lane.gate.breaker, lane.purse, attempt.trail
+        has_budget = attempt.lane is lane and trail is not None and trail.has_budget
+        if lane.budget is not None and lane.budget < 1 and not has_budget:
+            return Standing.NEVER
+        if purse is not None and not purse.fits(parts := purse.parts(attempt.amount)):
+            if not (purse.might_fit(parts) and self._may_get_back(lane)):
+                return Standing.NEVER
+        if lane.abandoned >= lane.max_abandoned:
+            return Standing.NEVER if breaker is None and now >= lane.settles_at else Standing.LATER
+        if breaker is not None and breaker.state is not CLOSED:
+            if gate.skips(now):
+                return Standing.NEVER
+            if breaker.ready_at(now) > now:
+                return Standing.LATER
+        return Standing.NOW
+
+    def _offer_to_equals(self, lane: Lane, route: Route) -> None:
+        """Have the lanes look at a task that are as good as the one in which it waits."""
+        rank = route.ranks[lane]
+        for other, its_rank in route.ranks.items():
+            if its_rank <= rank:
+                self._activate(other)
+
+    def _help_out(self, lane: Lane, now: float) -> Attempt | None:
+        """Take over, for a lane that has nothing to do, a task that waits in one that is no better for it."""
+        found: Attempt | None = None
+        for other in self.lanes:
+            head = other.head()
+            route = None if head is None or head.number or head.trail is None else head.trail.route
+            if head is None or route is None or other is lane:
+                continue
+            if lane in route.ranks and route.ranks[lane] <= route.ranks[other]:
+                found = head if found is None or head.index < found.index else found
+        if found is None or self._standing(lane, found, now) is not Standing.NOW:
+            return None
+        self._pop(found.lane, found)
+        self._move(found, lane)
+        return found
+
+    def _passed_on(self, attempt: Attempt, spent: bool, now: float) -> bool:
+        """Hand a task that its lane does not take to one that does, or at least will."""
+        route = None if attempt.trail is None else attempt.trail.route
+        if route is None:
+            return False
+        lane, other = attempt.lane, self._best_lane(attempt, route, now)
+        if other is lane or self._standing(other, attempt, now) >= self._standing(lane, attempt, now):
+            return False
+        self._pop(lane, attempt)
+        self._reroute(attempt, route, other, "budget_exhausted" if spent else "breaker_open", now)
+        return True
+
+    def _falls_back(self, attempt: Attempt, error: BaseException, now: float) -> bool:
+        """Hand a task with which its source has failed for good to another one, if there is one for it."""
+        route = None if attempt.trail is None else attempt.trail.route
+        if route is None or self.stop_reason is not None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+            return False
+        route.ranks.pop(attempt.lane, None)
+        if not route.ranks:
+            return False
+        other = self._best_lane(attempt, route, now)
+        if self._standing(other, attempt, now) is Standing.NEVER:
+            return False
+        attempt.remember().error = error
+        self._reroute(attempt, route, other, _failure(error).value, now)
+        return True
+
+    def _reroute(self, attempt: Attempt, route: Route, other: Lane, reason: str, now: float) -> None:
+        """Have a task that is in no queue begin anew with another source."""
+        trail = attempt.remember()
+        self._tell("rerouted", now, attempt, other.name)
+        attempt.lane.stats.rerouted += 1
+        hop = Hop(attempt.lane.name, attempt.number, reason, trail.error if attempt.number else None)
+        route.leave(hop, attempt.usage_here)
+        self._return_budget(attempt)
+        self._timers.drop(trail.alarm)
+        trail.begin()
+        attempt.number = 0
+        self._move(attempt, other)
+        self._offer_to_equals(other, route)
+
+    def _move(self, attempt: Attempt, other: Lane) -> None:
+        """Have a task that is in no queue wait in another lane, in its turn."""
+        lane = attempt.lane
+        lane.taken -= 1
+        if lane.resume_at < INF:
+            lane.resume_at -= 1
+            if lane.delivered >= lane.resume_at:
+                self._resume(lane)
+        other.taken += 1
+        attempt.lane = other
+        heappush(other.heap, (attempt.rank or (0, attempt.index), attempt))
+        self._ruffle()
+        self._activate(other)
+
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def _set_timer(self, at: float, timer: Timer, what: Any) -> int:
@@ -1036,7 +1162,8 @@ class Run:
 
     def _may_go_on(self, lane: Lane) -> bool:
         """Say whether a lane may have more to start, or to pull, as far as can be told at a glance."""
-        return bool(lane.raw or lane.fifo or lane.heap) or self._data is not None or self._tree is not None
+        has_some = bool(lane.raw or lane.fifo or lane.heap)
+        return has_some or self._data is not None or self._tree is not None or self._is_routed
 
     def _activate(self, lane: Lane) -> None:
         if not lane.active:
@@ -1268,6 +1395,13 @@ class Run:
                 self._note(Event(kind, now, detail=detail))
             else:
                 self._note(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+
+
+def _failure(error: BaseException) -> TaskStatus:
+    """Return how a task ends that fails with an error."""
+    if isinstance(error, TaskTimeoutError):
+        return TIMEOUT
+    return FAILED if isinstance(error, TaskError) else ERROR
 
 
 def _by_index(attempt: Attempt) -> int:

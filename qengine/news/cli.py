@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO, TypeVar
 
 from ..model import CancellationToken, CollectionReport
-from ..query import Source
+from ..source import Source
 from .articles import read_articles
 from .collect import SIGNAL_EXIT_CODES, cancelled_by_signals, collect
 from .dates import ALWAYS, INDIA, Period, parse_duration

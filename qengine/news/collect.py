@@ -20,7 +20,8 @@ from typing import Any, Final, Protocol
 
 from ..model import CancellationToken, CollectionReport, Event, QueryResult
 from ..policy import StopConditions
-from ..query import QueryExecutor, Source
+from ..query import QueryExecutor
+from ..source import Source
 from .articles import ArticleRef
 from .queries import NewsQuery, QueryGenerator
 from .regions import StateUT

@@ -20,8 +20,9 @@ from typing import Any, Final, Self, cast
 
 from ..drivers.calls import CurrentAttempt
 from ..model import CollectionReport, TaskResult
-from ..query import QueryExecutor, Source
+from ..query import QueryExecutor
 from ..simulation import simulate
+from ..source import Source
 from .articles import ArticleRef
 from .collect import stop_conditions, take
 from .formats import FORMATS, Article

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from ..model import Event
-from ..query import Source
+from ..source import Source
 from .summary import Tally
 
 __all__ = ["Progress"]

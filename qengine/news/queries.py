@@ -24,7 +24,7 @@ from .terms import HEAT, Terms
 
 if TYPE_CHECKING:
     from ..model import QueryResult
-    from ..query import Source
+    from ..source import Source
 
 __all__ = [
     "DIALECTS",

@@ -28,7 +28,7 @@ from ..drivers.handover import in_thread
 from ..errors import RateLimitError, TaskError, TransientError, require_positive
 from ..model import Query
 from ..policy import BreakerPolicy, Limit, RateLimit, RetryPolicy, Window
-from ..query import Source
+from ..source import Source
 from . import http
 from .articles import ArticleRef, mentioned_district
 from .dates import Period, read_stamp
