@@ -37,7 +37,7 @@ from .model import (
     TaskResult,
     TaskStatus,
 )
-from .policy import BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
+from .policy import Adaptive, BreakerPolicy, ExecutionPolicy, RateLimit, RetryPolicy, StopConditions, Window
 from .query import Plan, QueryExecutor
 from .quota import Quota, QuotaAlert
 from .session import Stream
@@ -76,6 +76,7 @@ else:  # loaded when they are first asked for: asyncio is not for everybody
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "BreakerOpenError",
     "BreakerPolicy",
     "BreakerState",

@@ -26,7 +26,7 @@ from .errors import optional, refuse, require_callable, require_kind
 from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
-from .policy import ExecutionPolicy, StopConditions, calls_of, check_quota, refuse_beyond_budget
+from .policy import ExecutionPolicy, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
 from .routing import RouteBy, Router, make_router, refuse_routes
 from .session import (
     Face,
@@ -325,11 +325,15 @@ class FunctionFace(Reporting, Generic[P, V]):
             gate = stage.gate(
                 self.gates,
                 key,
-                lambda clock: OwnedGate(self.policy.limits, self.policy.breaker, clock, self.others),
+                self._make_gate,
             )
             lane = self._lane_behind(stage, gate, name, call)
             if stage is not self.stage or self.gates.lend(key, lane, stage.clock.now()):
                 return lane
+
+    def _make_gate(self, clock: Clock) -> OwnedGate:
+        policy = self.policy
+        return OwnedGate(policy.limits, policy.breaker, clock, self.others, adaptive_of(policy.concurrency))
 
     def _lane_behind(self, stage: Stage, gate: Gate, name: str, call: Callable[[Any], Any]) -> Lane:
         policy = self.policy

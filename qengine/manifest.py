@@ -31,7 +31,7 @@ from typing import Any, Self
 
 from . import errors
 from .errors import refuse, refuse_type, require_kind
-from .policy import BreakerPolicy, ExecutionPolicy, Limit, RateLimit, RetryPolicy, StopConditions, Window
+from .policy import Adaptive, BreakerPolicy, ExecutionPolicy, Limit, RateLimit, RetryPolicy, StopConditions, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,8 @@ class RunManifest:
         for key, kind in (("stop", StopConditions), ("breaker", BreakerPolicy)):
             if key in rest:
                 rest[key] = _build(kind, key, rest[key])
+        if isinstance(rest.get("concurrency"), dict):
+            rest["concurrency"] = _build(Adaptive, "concurrency", rest["concurrency"])
         if "retry" in rest:
             rest["retry"] = _build(RetryPolicy, "retry", _with_classes(rest["retry"]))
         if "limits" in rest:

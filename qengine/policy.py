@@ -327,11 +327,53 @@ class StopConditions:
 
 
 @dataclass(frozen=True, slots=True)
+class Adaptive:
+    """A concurrency that follows how a source feels and what is left of it.
+
+    It grows, additively, as long as it is what holds calls back and the source answers as quickly as it can, and
+    shrinks, multiplicatively, on a `RateLimitError`, a timeout, or when the source's latency rises above its own
+    baseline; what each source says counts, whichever run hears it.  Calls are paced too, so that they do not start all
+    at once.  See `qengine/core/adaptive.py` for the algorithm and where it comes from.
+
+    Args:
+        minimum, maximum: Attempts at once, at least and at most.
+        quota_share: The share, in (0, 1], of what its budgets and quotas have left that may be in flight; one attempt
+            may always be.
+
+    >>> Adaptive(maximum=40).minimum
+    1
+    """
+
+    minimum: int = 1
+    maximum: int = 10
+    quota_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_count("minimum", self.minimum)
+        require_count("maximum", self.maximum, self.minimum)
+        require_share("quota_share", self.quota_share)
+
+
+def check_concurrency(name: str, concurrency: object) -> int | Adaptive:
+    """Refuse what is neither a number of attempts nor an Adaptive."""
+    if isinstance(concurrency, Adaptive):
+        return concurrency
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int):
+        refuse_type(name, concurrency, "a whole number >= 1, or an Adaptive")
+    return require_count(name, concurrency)
+
+
+def adaptive_of(concurrency: int | Adaptive) -> Adaptive | None:
+    """Return how a concurrency adapts; None if it does not."""
+    return concurrency if isinstance(concurrency, Adaptive) else None
+
+
+@dataclass(frozen=True, slots=True)
 class ExecutionPolicy:
     """How a scheduler runs its tasks.
 
     Args:
-        concurrency: Attempts at once, for each lane.
+        concurrency: Attempts at once, for each lane; or `Adaptive`.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         batch_size: Tasks in a batch; None for no batches.
         batch_backoff: Seconds between the last result of a batch and the first start of the next.
@@ -348,7 +390,7 @@ class ExecutionPolicy:
             run when it is reached may hang as well.
     """
 
-    concurrency: int = 8
+    concurrency: int | Adaptive = 8
     limits: Sequence[Limit] = ()
     batch_size: int | None = None
     batch_backoff: float = 0.0
@@ -362,7 +404,7 @@ class ExecutionPolicy:
     max_abandoned: int | None = None
 
     def __post_init__(self) -> None:
-        require_count("concurrency", self.concurrency)
+        check_concurrency("concurrency", self.concurrency)
         object.__setattr__(self, "limits", check_limits("limits", self.limits))
         optional(require_count, "batch_size", self.batch_size)
         require_at_least("batch_backoff", self.batch_backoff, 0.0)

@@ -52,6 +52,7 @@ from .model import (
     made_result,
 )
 from .policy import (
+    Adaptive,
     BreakerPolicy,
     Budgets,
     Limit,
@@ -159,12 +160,13 @@ class OwnedGate(Gate):
         breaker: BreakerPolicy | None,
         clock: Clock,
         others: Callable[[], int] | None = None,
+        adaptive: Adaptive | None = None,
     ) -> None:
         declared = [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
         self._clock = clock
         self._own = [LimitSet(declared, clock.now(), Lock(), others=others)] if declared else []
         live = [limit.as_limit_set() for limit in limits if not isinstance(limit, (RateLimit, Window))]
-        super().__init__([*self._own, *live], breaker, Lock(), live)
+        super().__init__([*self._own, *live], breaker, Lock(), live, adaptive)
         restart_after_fork(self)
 
     def start_afresh(self) -> None:

@@ -13,13 +13,16 @@ from .core.quota import Allowance
 from .drivers.clock import Clock
 from .errors import optional, refuse, require_callable, require_count, require_kind, require_positive
 from .policy import (
+    Adaptive,
     BreakerPolicy,
     Budgets,
     Limit,
     LiveQuota,
     RetryPolicy,
+    adaptive_of,
     calls_of,
     check_budget,
+    check_concurrency,
     check_cost,
     check_limits,
     check_quota,
@@ -36,7 +39,7 @@ class Source:
             called with a payload, and returns the value.  A plain function, which is called in a worker thread; for
             the twins under asyncio an async one.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
-        concurrency: Calls at once.
+        concurrency: Calls at once; or `Adaptive`.
         budget: Calls in one run; or what it may use in one by unit, as in {"calls": 100, "cost": 2.5}.  None for no
             bound.  What else than calls a call uses is reserved, by its task's amount (of "cost", by what such a call
             costs), and settled when it is over by what it has recorded.  So a budget is exceeded by no more than what
@@ -63,7 +66,7 @@ class Source:
         name: str,
         fetch: Callable[[Any], Any],
         limits: Sequence[Limit] = (),
-        concurrency: int = 1,
+        concurrency: int | Adaptive = 1,
         budget: Budgets | None = None,
         quota: LiveQuota | Sequence[LiveQuota] | None = None,
         *,
@@ -84,7 +87,7 @@ class Source:
         self.name = name
         self.fetch = fetch
         self.limits = check_limits("limits", limits)
-        self.concurrency = require_count("concurrency", concurrency)
+        self.concurrency = check_concurrency("concurrency", concurrency)
         self.budget = check_budget("budget", budget)
         self.quotas = check_quota("quota", quota)
         self.breaker = breaker
@@ -111,7 +114,7 @@ class Source:
         """
         return Lane(
             self.name,
-            stage.gate(self._gates, clock, lambda clock: OwnedGate(self.limits, self.breaker, clock)),
+            stage.gate(self._gates, clock, self._make_gate),
             call,
             concurrency=self.concurrency,
             lookahead=lookahead,
@@ -124,6 +127,9 @@ class Source:
             max_abandoned=self.max_abandoned,
             tariff=self.tariff,
         )
+
+    def _make_gate(self, clock: Clock) -> OwnedGate:
+        return OwnedGate(self.limits, self.breaker, clock, adaptive=adaptive_of(self.concurrency))
 
     def __repr__(self) -> str:
         return f"<Source {self.name!r}>"

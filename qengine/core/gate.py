@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from ..model import Amount
-from ..policy import BreakerPolicy
+from ..policy import Adaptive, BreakerPolicy
+from .adaptive import Feedback
 from .breaker import CLOSED, Breaker
 from .bucket import CATCH_UP
 from .limits import LimitSet, Lock, check_units
@@ -62,6 +63,7 @@ class Gate:
     """
 
     __slots__ = (
+        "_adaptive",
         "_lent",
         "_limit_sets",
         "_lock",
@@ -75,6 +77,7 @@ class Gate:
         "active",
         "breaker",
         "calm",
+        "feedback",
         "has_windows",
         "take_call",
     )
@@ -85,6 +88,7 @@ class Gate:
         breaker: BreakerPolicy | None,
         lock: Lock,
         lent: Iterable[LimitSet] = (),
+        adaptive: Adaptive | None = None,
     ) -> None:
         self._limit_sets = tuple(limit_sets)
         self._lent = frozenset(lent)
@@ -94,6 +98,7 @@ class Gate:
         self._windows = tuple(limits for limits in self._limit_sets if limits.has_windows)
         self.has_windows = bool(self._windows)
         self._policy = breaker
+        self._adaptive = adaptive
         self.renew(lock)
 
     def renew(self, lock: Lock) -> None:
@@ -105,7 +110,10 @@ class Gate:
         self._paused_until = -math.inf
         self.breaker = None if self._policy is None else Breaker(self._policy)
         self.calm = object()
-        self.active = bool(self._limit_sets) or self.breaker is not None  # an idle gate costs a run nothing
+        how = self._adaptive
+        self.feedback = None if how is None else Feedback(how.minimum, how.maximum)
+        # An idle gate costs a run nothing.
+        self.active = bool(self._limit_sets) or self.breaker is not None or self.feedback is not None
 
     def twin(self, now: float, to: float, make_lock: Callable[[], Lock], twins: dict[object, LimitSet]) -> Gate:
         """Return another of the same state, on a clock that shows `to` where this one shows `now`.
@@ -115,7 +123,10 @@ class Gate:
         for limits in self._limit_sets:
             if limits.key not in twins:
                 twins[limits.key] = limits.twin(now, to, make_lock())
-        other = Gate([twins[limits.key] for limits in self._limit_sets], self._policy, make_lock())
+        limit_sets = [twins[limits.key] for limits in self._limit_sets]
+        other = Gate(limit_sets, self._policy, make_lock(), adaptive=self._adaptive)
+        if self.feedback is not None:
+            other.feedback = self.feedback.twin(now, to)
         if self.breaker is not None:
             other.breaker = self.breaker.twin(now, to)
         if self._paused_until > now:
@@ -141,13 +152,18 @@ class Gate:
         """
         if self._paused_until > now:
             return self._paused_until
-        breaker = self.breaker
-        if breaker is None or breaker.state is CLOSED:  # a closed breaker takes nothing: no need to hold its lock
+        breaker, feedback = self.breaker, self.feedback
+        if feedback is None and (breaker is None or breaker.state is CLOSED):  # which takes nothing, so needs no lock
             return self._take(amount, now, CATCH_UP, True)
         with self._lock:
-            ready_at = breaker.ready_at(now)
+            ready_at = now if breaker is None else breaker.ready_at(now)
+            if feedback is not None:
+                ready_at = max(ready_at, feedback.ready_at(now))
             if ready_at <= now and (ready_at := self._take(amount, now, CATCH_UP, True)) <= now:
-                breaker.admitted(attempt)
+                if breaker is not None:
+                    breaker.admitted(attempt)
+                if feedback is not None:
+                    feedback.started(now)
             return ready_at
 
     def is_as_new(self, now: float) -> bool:
@@ -157,6 +173,7 @@ class Gate:
             and not self._watchers
             and not self._waiting
             and (self.breaker is None or (self.breaker.state is CLOSED and self.breaker.spotless))
+            and (self.feedback is None or self.feedback.is_as_new)
             and all(limits.is_as_new(now) for limits in self._limit_sets if limits not in self._lent)
         )
 
@@ -165,6 +182,7 @@ class Gate:
         breaker = self.breaker
         return (
             not self._windows
+            and self.feedback is None
             and not self._watchers
             and self._paused_until <= now
             and (breaker is None or (breaker.state is CLOSED and breaker.spotless))
@@ -216,6 +234,20 @@ class Gate:
                 self.calm = object()  # only now: whoever sees the new mark sees what it stands for
         self._wake_watchers()
         return opened
+
+    def adapt(self, started_at: float, now: float, running: int, *, congested: bool) -> bool:
+        """Tell an adaptive concurrency how an attempt ended; return whether it has changed.
+
+        Args:
+            running: Attempts in flight when it ended, itself included.
+            congested: Whether the source was too busy for it: it said so, or gave no answer in time.
+        """
+        feedback = self.feedback
+        assert feedback is not None
+        with self._lock:
+            if congested:
+                return feedback.congested(started_at, now)
+            return feedback.succeeded(started_at, now, running)
 
     def revoke(self, amount: Amount) -> None:
         """Give back what an attempt took that was never made."""

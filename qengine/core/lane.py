@@ -13,10 +13,10 @@ from enum import Enum
 from typing import Any
 
 from ..model import Amount, SourceReport, Task, TaskStatus
-from ..policy import RetryPolicy
+from ..policy import Adaptive, RetryPolicy, adaptive_of
 from .gate import Gate
 from .latency import Latencies
-from .purse import Budget, Purse, Tariff
+from .purse import Budget, Parts, Purse, Tariff
 from .quota import Allowance, Hold
 from .route import Route
 
@@ -293,7 +293,7 @@ class Lane:
         name: The source's name, or the lane's key.
         gate: Its limits.
         call: Runs one of its tasks; for the driver, the core never calls it.
-        concurrency: Attempts at once (the bulkhead).
+        concurrency: Attempts at once (the bulkhead); an adaptive one is what its gate's feedback says.
         lookahead: Inputs taken beyond those.
         retry: Its retry policy; `retries_timeouts` is what that policy makes of a timeout.
         timeout: Seconds for an attempt.
@@ -309,6 +309,7 @@ class Lane:
         "abandoned",
         "accounts",
         "active",
+        "adaptive",
         "batch_at",
         "batch_backoff",
         "batch_open",
@@ -366,7 +367,7 @@ class Lane:
         gate: Gate,
         call: Callable[[Any], Any],
         *,
-        concurrency: int = 1,
+        concurrency: int | Adaptive = 1,
         lookahead: int = 64,
         retry: RetryPolicy,
         retries_timeouts: bool | float = False,
@@ -382,8 +383,10 @@ class Lane:
         self.name = name
         self.gate = gate
         self.call = call
-        self.concurrency = concurrency
-        self.capacity = concurrency + lookahead
+        self.adaptive = adaptive_of(concurrency)
+        most = concurrency.maximum if isinstance(concurrency, Adaptive) else concurrency
+        self.concurrency = most if gate.feedback is None else gate.feedback.limit
+        self.capacity = most + lookahead
         self.retry = retry
         self.retries_timeouts = retries_timeouts
         self.timeout = math.inf if timeout is None else timeout
@@ -393,7 +396,7 @@ class Lane:
         self.batch_size = batch_size
         self.batch_backoff = batch_backoff
         # One hung call must not end a lane of one: so at least two.
-        self.max_abandoned = max(2, concurrency) if max_abandoned is None else max_abandoned
+        self.max_abandoned = max(2, most) if max_abandoned is None else max_abandoned
         self.tariff = tariff
         self.handful = handful_of(lookahead)
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
@@ -438,6 +441,15 @@ class Lane:
         self.nodes: list[tuple[Rank, int, Any]] = []  # nodes to ask about, and feeds of queries begun
         self.growth: deque[Feed] = deque()  # feeds of children and of following queries
         self.pulling: Feed | None = None
+
+    def has_share(self, parts: Parts) -> bool:
+        """Say whether another call would leave no more in flight than may be of what is left."""
+        if self.adaptive is None or not self.running:
+            return True
+        share = self.adaptive.quota_share
+        if self.budget is not None and self.running + 1 > share * (self.budget + self.running):
+            return False
+        return self.purse is None or self.purse.is_within(parts, share)
 
     @property
     def load(self) -> float:

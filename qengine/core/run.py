@@ -204,6 +204,7 @@ class Run:
             lane.took(attempt.duration)
         if lane.gate.active or lane.purse is not None:
             self._tell_gate(attempt, now, True, used)
+            self._adapt(attempt, now, congested=False)
         attempt.outcome = outcome
         self._end(attempt, SUCCEEDED, now)
         return True
@@ -763,6 +764,8 @@ class Run:
             return now
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
+        if not lane.has_share(parts):
+            return INF  # one of its calls runs, and will end
         until = now
         if gate.active:
             amount = 1 if attempt.task is None else attempt.task.amount
@@ -867,6 +870,7 @@ class Run:
         says_nothing = raised.cancelled or raised.throttled or exits
         self._tell_gate(attempt, now, None if says_nothing else False, used)
         if raised.throttled:
+            self._adapt(attempt, now, congested=True)
             self._throttled(attempt, raised, now)
         elif raised.cancelled:
             attempt.outcome = raised
@@ -903,6 +907,17 @@ class Run:
             gate.forget(attempt.lane)  # it is asked again anyway
         if gate.ended(attempt, attempt.amount, now, verdict, used):
             self._tell("breaker_opened", now, attempt)
+
+    def _adapt(self, attempt: Attempt, now: float, *, congested: bool) -> None:
+        """Have an adaptive concurrency follow what became of an attempt."""
+        lane = attempt.lane
+        if lane.adaptive is None:
+            return
+        changed = lane.gate.adapt(attempt.started_at, now, lane.running + 1, congested=congested)
+        assert lane.gate.feedback is not None
+        lane.concurrency = lane.gate.feedback.limit  # another run may have changed it
+        if changed:
+            self._tell("concurrency", now, attempt, str(lane.concurrency))
 
     def _throttled(self, attempt: Attempt, raised: Raised, now: float) -> None:
         """Pause the lane as the source asked; the attempt does not count, unless it asked for too long."""
@@ -1250,6 +1265,8 @@ class Run:
             kind, detail = ("timeout", "") if verdict is False else ("abandoned", reason)
             self._tell_end(kind, now, attempt, detail, used)
         self._tell_gate(attempt, now, verdict, used)
+        if verdict is False:
+            self._adapt(attempt, now, congested=True)
         self._steps.append(Cancel(attempt, reason))
         self.special = True
         self._activate(lane)
