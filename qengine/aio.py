@@ -28,7 +28,18 @@ from .model import CancellationToken, CollectionReport, Event, Query, RunReport,
 from .policy import ExecutionPolicy, StopConditions
 from .query import HierarchyFace, items_of
 from .routing import RouteBy
-from .session import INTERRUPT_SECONDS, Reporting, Results, Session, Stage, attach_report, check_run, check_token
+from .session import (
+    INTERRUPT_SECONDS,
+    Probe,
+    Reporting,
+    Results,
+    Session,
+    Stage,
+    attach_report,
+    check_probe,
+    check_run,
+    check_token,
+)
 from .source import Source
 
 P = TypeVar("P")
@@ -225,9 +236,11 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        hold_while: Probe | None,
         route_by: RouteBy = "order",
     ) -> None:
-        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, route_by)
+        check_probe(hold_while, may_be_async=True)
+        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
         if self._router is None:
             require_async("fn", fn, generators=False)
         for source in () if self._router is None else self._router.sources.values():
@@ -279,7 +292,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
             book.forget_idle()
         lane = book.lane(self.lane_key(task.payload))
         if calls is None:
-            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event)
+            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event, self.hold_while)
         calls.pending += 1
         try:
             return await calls.call(task, lane, self)  # type: ignore[no-any-return]
@@ -350,6 +363,7 @@ class AsyncConcurrentExecutor(_AsyncFunctionFace[P, V]):
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Says whether nothing is to be started for now, plain or async; see TaskScheduler.
 
     Several runs may go on at once.  Not tied to a loop: it may be used in several, one after the other or in threads.
 
@@ -367,9 +381,10 @@ class AsyncConcurrentExecutor(_AsyncFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
         refuse_limits(policy, "AsyncTaskScheduler")
-        super().__init__(fn, clock, policy, None, key, on_event)
+        super().__init__(fn, clock, policy, None, key, on_event, hold_while)
 
 
 class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
@@ -384,6 +399,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Says whether nothing is to be started for now, plain or async; see TaskScheduler.
 
     Several runs may go on at once; they share the limits.  Not tied to a loop.
 
@@ -407,8 +423,9 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
-        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, route_by)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
 
     @classmethod
     def from_manifest(
@@ -430,6 +447,7 @@ class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
         lookahead: Queries made ready beyond those that run, for each source.
         clock: A VirtualClock to run in virtual time; None for real time.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Says whether nothing is to be started for now, plain or async; see TaskScheduler.
 
     Several runs may go on at once; they share the sources' limits.  Not tied to a loop.
 
@@ -454,8 +472,10 @@ class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
         lookahead: int = 64,
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
-        super().__init__(sources, plan, asyncio_stage(clock), concurrency, stop, lookahead, on_event)
+        check_probe(hold_while, may_be_async=True)
+        super().__init__(sources, plan, asyncio_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
         for source in self.sources:
             require_async(f"fetch of {source.name!r}", source.fetch)
 

@@ -2,9 +2,10 @@
 
 Rules: listeners are told one event at a time and in order, by whichever thread happens to have nothing better to do,
 never under the core's lock.  What a listener raises harms no run and is logged once in it; only a KeyboardInterrupt is
-the user's own, wherever it comes up: it ends the run and is for the caller. The log gets what is rare, and only at a
-level that was enabled when the run began: stops and breakers that opened at INFO, retries, throttling, timeouts and
-late answers at DEBUG. No event carries a payload, a value or an error's text, so the log does not either.
+the user's own, wherever it comes up: it ends the run and is for the caller.  The log gets what is rare, and only at a
+level that was enabled when the run began: stops, breakers that opened and probes that hold admission at INFO; retries,
+throttling, timeouts, late answers, changes of source and of an adaptive concurrency at DEBUG.  No event carries a
+payload, a value or an error's text, so the log does not either.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _RAISED = "%s raised; the run goes on, and this run reports it no more"
 LEVELS = {
     "stop": logging.INFO,
     "breaker_opened": logging.INFO,
+    "held": logging.INFO,
+    "released": logging.INFO,
+    "rerouted": logging.DEBUG,
+    "concurrency": logging.DEBUG,
     "retry": logging.DEBUG,
     "throttled": logging.DEBUG,
     "timeout": logging.DEBUG,
@@ -37,7 +42,7 @@ def log_event(event: Event) -> None:
     if level is None or not _log.isEnabledFor(level):
         return
     if event.index is None:
-        _log.log(level, "%s: %s", event.kind, event.detail)
+        _log.log(level, "%s: %s" if event.detail else "%s%s", event.kind, event.detail)
     else:
         detail = f": {event.detail}" if event.detail else ""
         _log.log(level, "%s: %s, task %d, attempt %d%s", event.kind, event.source, event.index, event.number, detail)

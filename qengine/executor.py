@@ -31,11 +31,13 @@ from .routing import RouteBy, Router, make_router, refuse_routes
 from .session import (
     Face,
     OwnedGate,
+    Probe,
     Reporting,
     Session,
     Stage,
     Stream,
     check_live_limits,
+    check_probe,
     check_run,
     refuse_async_predicate,
     result_of,
@@ -178,7 +180,7 @@ class FunctionFace(Reporting, Generic[P, V]):
     Args:
         fn: Called with each payload, a coroutine function under asyncio; or the sources.
         stage: Where its runs take place.
-        policy, lane_by, key, on_event, route_by: See TaskScheduler.
+        policy, lane_by, key, on_event, hold_while, route_by: See TaskScheduler.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        hold_while: Probe | None,
         route_by: RouteBy = "order",
     ) -> None:
         require_kind("policy", policy, ExecutionPolicy)
@@ -214,6 +217,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         self._lane_by = lane_by
         self._key = key
         self._on_event = on_event
+        self.hold_while = hold_while
         self._retries_timeouts = timeout_verdict(policy.retry)
         self.gates = KeyedGates()
 
@@ -237,6 +241,7 @@ class FunctionFace(Reporting, Generic[P, V]):
             stop=self.policy.stop,
             feed=feed,
             data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
+            hold_while=self.probe_on(stage),
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
@@ -365,9 +370,11 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
+        hold_while: Probe | None,
         route_by: RouteBy = "order",
     ) -> None:
-        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, route_by)
+        check_probe(hold_while, may_be_async=False)
+        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
         allowed = f"a plain function: an async one needs Async{type(self).__name__}"
         refuse_async("fn", fn, allowed)
         for source in () if self._router is None else self._router.sources.values():
@@ -433,7 +440,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
                         lane.callers -= 1
                         continue
                     if self._calls is None or self._calls.session.crew.over:
-                        self._calls = _Calls(self.stage, self._calls_book, self._on_event)
+                        self._calls = _Calls(self.stage, self._calls_book, self._on_event, self.hold_while)
                     calls = self._calls
                     calls.pending += 1
             return calls.call(task, lane, self)  # type: ignore[no-any-return]
@@ -505,7 +512,13 @@ class Exit(Exception):
 class Calls:
     """The run behind `call`, in either world: open as long as somebody waits for an answer."""
 
-    def __init__(self, stage: Stage, book: LaneBook, on_event: Callable[[Event], object] | None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        book: LaneBook,
+        on_event: Callable[[Event], object] | None,
+        hold_while: Probe | None,
+    ) -> None:
         self.pending = 0
         self.book = book
         book.tally.settle([*book.lanes.values()])
@@ -521,6 +534,7 @@ class Calls:
             nested=False,  # each call is its own caller's
             feed=self.feed,
             deliver=self._deliver,
+            hold_while=hold_while,
             on_event=on_event,
             tally=book.tally,
         )
@@ -618,6 +632,7 @@ class ConcurrentExecutor(_ThreadsFunctionFace[P, V]):
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Says whether nothing is to be started for now; see TaskScheduler.
 
     Thread-safe: several runs may go on at once.
 
@@ -633,9 +648,10 @@ class ConcurrentExecutor(_ThreadsFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
         refuse_limits(policy, "TaskScheduler")
-        super().__init__(fn, clock, policy, None, key, on_event)
+        super().__init__(fn, clock, policy, None, key, on_event, hold_while)
 
 
 class TaskScheduler(_ThreadsFunctionFace[P, V]):
@@ -657,6 +673,9 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         clock: A VirtualClock to run in virtual time; None for real time.
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Called without arguments in a worker, when there is something to start and at most once in 0.1 s:
+            while it says True nothing is started, nor made ready; until it has answered first, nothing either.  Ready
+            ones for memory and load are in `qengine.machine`.  One that raises holds nothing, and is logged.
 
     Thread-safe: several runs may go on at once; they share the limits.
 
@@ -687,8 +706,9 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
-        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, route_by)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
 
     @classmethod
     def from_manifest(cls, fn: Callable[[P], V], manifest: RunManifest, **options: Any) -> Self:

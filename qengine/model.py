@@ -523,7 +523,8 @@ class Event:
     Every attempt has a "start" and one end: "answer", "timeout", "abandoned" (given up for another reason) or "revoked"
     (given up, and no worker had begun with it, so that it does not count).  Each "result" is a task's.  The others:
     "retry", "throttled", "rerouted" (to another source), "late" (the answer of a call that was given up),
-    "breaker_opened", "concurrency" (an adaptive one has changed), "stop".
+    "breaker_opened", "concurrency" (an adaptive one has changed), "held" and "released" (all admission, by a probe),
+    "stop".
 
     `number` is the attempt's; `detail` the status, the reason, the error's class, or the number that is new.  `usage`
     is what the attempt used, at its end; None at all other events.  It is taken back when it is revoked.  So the sum

@@ -27,11 +27,13 @@ from .policy import StopConditions, calls_of, refuse_beyond_budget
 from .routing import check_sources, refuse_routes
 from .session import (
     Face,
+    Probe,
     Reporting,
     Session,
     Stage,
     Stream,
     check_live_limits,
+    check_probe,
     check_run,
     result_of,
     threads_stage,
@@ -83,7 +85,7 @@ class HierarchyFace(Reporting):
 
     Args:
         stage: Where its runs take place.
-        sources, plan, concurrency, stop, lookahead, on_event: See QueryExecutor.
+        sources, plan, concurrency, stop, lookahead, on_event, hold_while: See QueryExecutor.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class HierarchyFace(Reporting):
         stop: StopConditions,
         lookahead: int,
         on_event: Callable[[Event], object] | None,
+        hold_while: Probe | None,
     ) -> None:
         check_sources(sources)
         for method in ("queries", "children"):
@@ -116,6 +119,7 @@ class HierarchyFace(Reporting):
         refuse_beyond_budget(stop, sum(budgets) if len(budgets) == len(sources) else None, only_calls_fail=False)
         self.lookahead = lookahead
         self._on_event = on_event
+        self.hold_while = hold_while
 
     def fetcher(self, source: Source) -> Callable[[Query[Any]], Any]:
         """Return what fetches the items of a query, as this world's workers call it."""
@@ -149,6 +153,7 @@ class HierarchyFace(Reporting):
             stop=self.stop,
             tree=tree,
             width=self.concurrency,
+            hold_while=self.probe_on(stage),
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
@@ -168,6 +173,7 @@ class QueryExecutor(Face, HierarchyFace):
         lookahead: Queries made ready beyond those that run, for each source.
         clock: A VirtualClock to run in virtual time; None for real time.
         on_event: Called with each Event, one at a time; it must be quick.
+        hold_while: Says whether nothing is to be started for now; see TaskScheduler.
 
     Thread-safe: several runs may go on at once; they share the sources' limits.
 
@@ -191,8 +197,10 @@ class QueryExecutor(Face, HierarchyFace):
         lookahead: int = 64,
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
+        hold_while: Probe | None = None,
     ) -> None:
-        super().__init__(sources, plan, threads_stage(clock), concurrency, stop, lookahead, on_event)
+        check_probe(hold_while, may_be_async=False)
+        super().__init__(sources, plan, threads_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
         for method in ("queries", "children", "following"):
             refuse_async(f"plan.{method}", getattr(plan, method, None), _PLAIN)
         for source in self.sources:

@@ -46,6 +46,8 @@ HOLD = 9.0
 """Seconds on the plateau before a probe.  Less costs throughput where each refusal is a pause of a second; with 12,
 three times the capacity is found after 30 s only."""
 
+HOLD_ANSWERS = 32
+
 CURVE = 0.004
 """CUBIC's C, in shares of the plateau: from SHRINK to the plateau in 3.4 s, and from there to three times it in 8 s."""
 
@@ -85,7 +87,9 @@ class Feedback:
         "_failed",
         "_fair_at",
         "_growing_for",
+        "_held_for",
         "_hold",
+        "_is_answered",
         "_is_held_back",
         "_judged",
         "_last_at",
@@ -114,10 +118,12 @@ class Feedback:
         self._hold = 0.0
         self._rise = 0.0  # seconds from the last decrease to the plateau
         self._growing_for = 0.0  # seconds since then in which the limit was what held calls back
+        self._held_for = 0  # answers in that time
         self._top = STRIDE * self._window
         self._shrunk_at = -math.inf
         self._failed = math.inf  # the window that was too large
         self._refused = 0  # calls of the burst that said so
+        self._is_answered = True  # whether one started since the last decrease was
         self._last_at = math.inf
         self._answers = 0
         self._mean = 0.0  # of the latency
@@ -160,13 +166,15 @@ class Feedback:
         Args:
             running: Attempts in flight when it ended, itself included.
         """
-        latency = now - started_at
+        latency = max(0.0, now - started_at)
         self._answers += 1
         self._mean += (latency - self._mean) / min(self._answers, MEMORY)
-        since_last = min(max(0.0, now - self._last_at), latency)  # more is time in which nothing was asked
+        # More time than this is some in which nothing was asked.
+        since_last = min(max(0.0, now - self._last_at), max(latency, self._mean / self._window))
         self._last_at = now
         if started_at < self._shrunk_at:
             return False
+        self._is_answered = True
         if now >= self._fair_at:
             self._recent.append(latency)
             if len(self._recent) % GLANCE == 0 and self._has_risen(now):
@@ -175,7 +183,10 @@ class Feedback:
             return False
         if self._starting:
             return self._set(min(self._window + 1.0, self._top))
+        self._held_for += 1
         self._growing_for += since_last
+        if self._held_for < HOLD_ANSWERS:
+            self._growing_for = min(self._growing_for, self._rise + self._hold)
         beyond = self._growing_for - self._rise
         beyond = min(beyond, 0.0) if beyond < self._hold else beyond - self._hold
         return self._set(max(self._window, min(self._top, self._plateau * (1.0 + CURVE * beyond**3))))
@@ -183,15 +194,16 @@ class Feedback:
     def congested(self, started_at: float, now: float) -> bool:
         """Count a 429 or a timeout; return whether the limit changed.
 
-        Those of one burst are one decrease; but where they are many, so many were too many in flight.
+        Those of one burst are one decrease, but where they are many, so many were too many in flight.  Until a call
+        that was started later is answered, LEAST is left: a source that is down does not say how many calls it takes.
         """
-        if started_at >= self._shrunk_at:
-            self._judged = None
-            self._fair_at = now + 2.0 * self._mean
-            return self._shrink(SHRINK, now)
-        self._refused += 1
-        left = max(LEAST * self._failed, self._failed - self._refused)
-        return self._growing_for == 0.0 and left < self._window and self._fall_to(left)
+        if started_at < self._shrunk_at:
+            self._refused += 1
+            left = self._failed - self._refused
+            return not self._is_answered and left < self._window and self._fall_to(max(left, LEAST * self._failed))
+        self._judged = None
+        self._fair_at = now + 2.0 * self._mean
+        return self._shrink(SHRINK, now)
 
     def _set(self, window: float) -> bool:
         floor = self._minimum if self._minimum > 1 else FLOOR
@@ -208,9 +220,13 @@ class Feedback:
         self._starting = False
         self._shrunk_at = now
         self._growing_for = 0.0
-        self._failed, self._refused = failed, 1
+        self._held_for = 0
+        if self._is_answered:
+            self._failed, self._refused = failed, 0
+        self._refused += 1
+        self._is_answered = False
         self._recent = []
-        return self._fall_to(failed * share)
+        return self._fall_to(max(failed * share, LEAST * self._failed))
 
     def _fall_to(self, window: float) -> bool:
         changed = self._set(window)

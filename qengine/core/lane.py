@@ -177,6 +177,7 @@ class FeedKind(Enum):
     INPUTS = "inputs"
     NODES = "nodes"
     QUERIES = "queries"
+    PROBE = "probe"
 
 
 class Feed:

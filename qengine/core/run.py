@@ -52,6 +52,8 @@ look through; of such a query what was found.  None: it has none yet."""
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
+PROBED_EVERY = 0.100
+"""Seconds at least between two questions to a probe; what it has said holds until it has said something else."""
 SETTLING = 0.100
 """Seconds in which a call that was given up may still end, as it is told to, before it counts as one that hangs."""
 INF = math.inf
@@ -71,6 +73,7 @@ class Run:
         rng: Draws the jitter.
         records: Where every task is kept, in the order taken; None to keep none.
         completed: Where finished tasks are put for a consumer, who then counts `lane.delivered`; None for none.
+        probe: Says, item by item, whether all admission is to be held; None where nobody asks.
         emit: Called with each Event; None for none.
         note: Called with those that are rare, all but "start", "answer" and "result", where there is no `emit`.
     """
@@ -88,6 +91,7 @@ class Run:
         rng: Uniform,
         records: list[Record] | None = None,
         completed: deque[Attempt] | None = None,
+        probe: Feed | None = None,
         emit: Callable[[Event], object] | None = None,
         note: Callable[[Event], object] | None = None,
     ) -> None:
@@ -116,6 +120,9 @@ class Run:
         self._rng = rng
         self._emit = emit
         self._note = emit or note
+        self._probe = probe
+        self._is_held_back = True  # until the probe has said something
+        self._probe_at = -INF  # not to be asked again before
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._forget_at = LANES_KEPT  # with so many lanes, those that are as new are forgotten
@@ -154,6 +161,11 @@ class Run:
             if self._held:
                 places = 0
         active = self.active
+        if self._probe is not None and active and self.stop_reason is None:
+            if now >= self._probe_at and not self._probe.pulling:
+                return self._pull(self._probe, now)
+            if self._is_held_back:
+                places = 0
         while active and (places == INF or len(self._running) < places):
             lane = active[0]
             step = self._admit(lane, now)
@@ -270,6 +282,7 @@ class Run:
             and not lane.fifo
             and not lane.abandoned
             and (self._feed is None or not self._feed.slow)
+            and self._probe is None
             and lane.first_answer is not None
             and self._cap == INF  # else other lanes may be waiting for the place
             and gate.is_calm(now)
@@ -296,9 +309,12 @@ class Run:
         """Note that a pull is over: take what has arrived, perhaps the end, perhaps the error that ended it."""
         if feed not in self._pulls:  # it had been given up
             return
-        self._collect(feed, now)
-        feed.pulling = False
         self._pulls.remove(feed)
+        feed.pulling = False
+        if feed is self._probe:
+            self._probed(feed, now)
+            return
+        self._collect(feed, now)
         took = now - feed.pulled_at
         was_late, feed.was_late = feed.was_late, took > SLOW_PULL
         feed.slow = (was_late and feed.was_late) or took > HELD_UP
@@ -320,6 +336,16 @@ class Run:
                 self._forget_at = LANES_KEPT
                 if sum(lane.taken - lane.delivered for lane in self.lanes) < self.crowd:
                     self.thinned(now)  # a consumer was quick: as many may not come
+
+    def _probed(self, probe: Feed, now: float) -> None:
+        """Note what the probe has said: it is asked again when there is something to admit, and not at once."""
+        was_held, self._is_held_back = self._is_held_back, any(held for held, in probe.arrived)
+        probe.arrived.clear()
+        self._probe_at = now + PROBED_EVERY
+        if self._is_held_back:
+            self._set_timer(self._probe_at, Timer.PROBE, None)
+        if self._is_held_back != was_held:
+            self._tell("held" if self._is_held_back else "released", now, None)
 
     def forget_idle(self, now: float) -> int:
         """Forget the lanes that are as if they were new: keys without a bound are not to fill the memory.
@@ -1206,7 +1232,7 @@ class Run:
                 self._shut_if_hung(what, now)
             elif timer is Timer.ALARM:
                 what(now)
-            else:
+            elif timer is Timer.PULLS:
                 self._drop_pulls(now)
         self.due_at = min(self._scan_at, timers.next_at)
 
@@ -1256,7 +1282,7 @@ class Run:
         attempt.is_plain = False  # its late answer is to be seen as one
         self._ruffle()
         attempt.reason = reason
-        attempt.duration = now - attempt.started_at
+        attempt.duration = max(0.0, now - attempt.started_at)  # a worker that begins just now reads its clock later
         lane.busy_seconds += attempt.duration
         lane.took(attempt.duration)
         lane.last_given_up = now
@@ -1339,7 +1365,8 @@ class Run:
 
     def _drop_pulls(self, now: float) -> None:
         for feed in sorted(self._pulls, key=lambda feed: feed.pulled_at):
-            self._collect(feed, now)
+            if feed is not self._probe:
+                self._collect(feed, now)
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
         self.special = True
@@ -1348,6 +1375,8 @@ class Run:
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def _idle(self, now: float) -> Step:
+        if not self._running and self._pulls == {self._probe} and self._is_done():
+            self._set_timer(now + PULLS_DROPPED_AFTER, Timer.PULLS, None)  # it is not to hold up the end
         if not self._running and not self._pulls and self._is_done():
             self._over = True
             for lane in self.lanes:

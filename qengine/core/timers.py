@@ -19,6 +19,7 @@ class Timer(Enum):
     PULLS = "pulls"  # what is still being pulled is given up
     HANGS = "hangs"  # a lane's calls that were given up had their time to end
     ALARM = "alarm"  # somebody else asked for it
+    PROBE = "probe"  # a probe may be asked again
 
 
 _FEW = 64
