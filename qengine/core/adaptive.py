@@ -27,6 +27,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from .bucket import CATCH_UP
+
 START = 4
 """Attempts in flight before anything is known."""
 
@@ -45,8 +47,6 @@ PLATEAU, PROBED = 0.95, 0.9
 HOLD = 9.0
 """Seconds on the plateau before a probe.  Less costs throughput where each refusal is a pause of a second; with 12,
 three times the capacity is found after 30 s only."""
-
-HOLD_ANSWERS = 32
 
 CURVE = 0.004
 """CUBIC's C, in shares of the plateau: from SHRINK to the plateau in 3.4 s, and from there to three times it in 8 s."""
@@ -87,7 +87,6 @@ class Feedback:
         "_failed",
         "_fair_at",
         "_growing_for",
-        "_held_for",
         "_hold",
         "_is_answered",
         "_is_held_back",
@@ -118,7 +117,6 @@ class Feedback:
         self._hold = 0.0
         self._rise = 0.0  # seconds from the last decrease to the plateau
         self._growing_for = 0.0  # seconds since then in which the limit was what held calls back
-        self._held_for = 0  # answers in that time
         self._top = STRIDE * self._window
         self._shrunk_at = -math.inf
         self._failed = math.inf  # the window that was too large
@@ -157,8 +155,9 @@ class Feedback:
         """Say that an attempt starts."""
         if self._answers:
             interval = self._mean / self._window
-            self._is_held_back = now - self._ready_at <= 0.1 * interval
-            self._ready_at = (self._ready_at if self._is_held_back else now) + interval
+            at_least = now - max(CATCH_UP, 0.1 * interval)  # a start that is a little late is made good
+            self._is_held_back = self._ready_at > at_least
+            self._ready_at = max(self._ready_at, at_least) + interval
 
     def succeeded(self, started_at: float, now: float, running: int) -> bool:
         """Count an answer; return whether the limit changed.
@@ -179,14 +178,12 @@ class Feedback:
             self._recent.append(latency)
             if len(self._recent) % GLANCE == 0 and self._has_risen(now):
                 return True
-        if self._judged is not None or not (self._is_held_back or running >= self.limit):
+        holds_back = running >= self.limit or (self._is_held_back and 2 * running >= self._window)
+        if self._judged is not None or not holds_back:
             return False
         if self._starting:
             return self._set(min(self._window + 1.0, self._top))
-        self._held_for += 1
         self._growing_for += since_last
-        if self._held_for < HOLD_ANSWERS:
-            self._growing_for = min(self._growing_for, self._rise + self._hold)
         beyond = self._growing_for - self._rise
         beyond = min(beyond, 0.0) if beyond < self._hold else beyond - self._hold
         return self._set(max(self._window, min(self._top, self._plateau * (1.0 + CURVE * beyond**3))))
@@ -208,8 +205,9 @@ class Feedback:
     def _set(self, window: float) -> bool:
         floor = self._minimum if self._minimum > 1 else FLOOR
         self._window = min(float(self._maximum), max(floor, window))
-        room = math.ceil(self._window + math.sqrt(self._window))
-        before, self.limit = self.limit, min(self._maximum, max(self._minimum, room))
+        room = math.sqrt(self._window) if self._window > floor else 0.0
+        most = math.ceil(self._window + room)
+        before, self.limit = self.limit, min(self._maximum, max(self._minimum, most))
         return self.limit != before
 
     def _shrink(self, share: float, now: float) -> bool:
@@ -220,7 +218,6 @@ class Feedback:
         self._starting = False
         self._shrunk_at = now
         self._growing_for = 0.0
-        self._held_for = 0
         if self._is_answered:
             self._failed, self._refused = failed, 0
         self._refused += 1

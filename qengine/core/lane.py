@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
+from heapq import heapify
 from typing import Any
 
 from ..model import Amount, SourceReport, Task, TaskStatus
@@ -508,6 +509,21 @@ class Lane:
         if self.heap and (not self.fifo or self.heap[0][0] < (0, self.fifo[0].index)):
             return self.heap[0][1]
         return self.fifo[0] if self.fifo else None
+
+    def waiting(self) -> list[Attempt]:
+        """Return the tasks that wait to be admitted, but for bare payloads; retries and the like after the others."""
+        return [*self.fifo, *(attempt for _, attempt in sorted(self.heap, key=lambda entry: entry[0]))]
+
+    def take_out(self, attempt: Attempt) -> bool:
+        """Take a task out of the queue; return whether it was there."""
+        if attempt in self.fifo:
+            self.fifo.remove(attempt)
+            return True
+        entries = [entry for entry in self.heap if entry[1] is attempt]
+        if entries:
+            self.heap.remove(entries[0])
+            heapify(self.heap)
+        return bool(entries)
 
     def batch_takes_at(self) -> float:
         """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import Any
 
 from ..errors import TaskError, TaskTimeoutError
@@ -30,7 +30,7 @@ from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
-from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane
+from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane, Rank
 from .purse import Parts, Purse
 from .route import Route, Standing
 from .steps import DONE, Cancel, Raised, Step, Wait
@@ -568,7 +568,7 @@ class Run:
         self._ruffle()
         self._activate(lane)
         if route is not None:
-            self._offer_to_equals(lane, route)
+            self._offer(route)
 
     def _refused(self, attempt: Attempt, now: float) -> bool:
         """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
@@ -716,9 +716,7 @@ class Run:
                 until = self._ask_gates(lane, attempt, now)
                 if until > now:
                     lane.calm = None  # it has a task that goes before the bare payloads
-                    if until < lane.wake_at:
-                        lane.wake_at = until
-                        self._set_timer(until, Timer.LANE, lane)
+                    self._wake_at(lane, until, now)
                     return None
                 if attempt.status is not None:  # skipped
                     if self.stop_reason is not None:  # ... as the last straw
@@ -736,6 +734,12 @@ class Run:
             else:
                 lane.fifo.popleft()
             return self._begin(attempt, timeout, now)
+
+    def _wake_at(self, lane: Lane, at: float, now: float) -> None:
+        """Have a lane look at an instant to come whether it may go on."""
+        if now < at < lane.wake_at:
+            lane.wake_at = at
+            self._set_timer(at, Timer.LANE, lane)
 
     @staticmethod
     def _takes_one(lane: Lane, now: float) -> bool:
@@ -788,6 +792,8 @@ class Run:
             self._passed_on(attempt, spent, now) or self._skipped(lane, attempt, spent, now)
         ):
             return now
+        if (shut or hangs) and trail is not None and trail.route is not None:
+            self._offer(trail.route)  # another may be back before
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
         if not lane.has_share(parts):
@@ -867,7 +873,7 @@ class Run:
             if lane.batch_size is not None:
                 lane.batch_started += 1
                 lane.batch_open += 1
-            if lane.retry.timeout is not None and attempt.trail is None:
+            if lane.retry.timeout is not None and attempt.remember().give_up_at == INF:
                 attempt.remember().give_up_at = now + lane.retry.timeout
         trail = attempt.trail
         if trail is not None and trail.has_budget:
@@ -1010,7 +1016,7 @@ class Run:
 
     def _queue_again(self, attempt: Attempt) -> None:
         lane, trail = attempt.lane, attempt.trail
-        rank = attempt.rank or (0, attempt.index)
+        rank = _by_turn(attempt)
         if lane.batch_size is not None and attempt.number:
             rank = (-INF, attempt.index)  # before any new task: its batch waits for it, and they for the batch
         heappush(lane.heap, (rank, attempt))
@@ -1116,28 +1122,36 @@ class Run:
                 return Standing.LATER
         return Standing.NOW
 
-    def _offer_to_equals(self, lane: Lane, route: Route) -> None:
-        """Have the lanes look at a task that are as good as the one in which it waits."""
-        rank = route.ranks[lane]
-        for other, its_rank in route.ranks.items():
-            if its_rank <= rank:
-                self._activate(other)
+    def _offer(self, route: Route) -> None:
+        """Have all lanes that can do a task look at it where it waits."""
+        for lane in route.ranks:
+            self._activate(lane)
 
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
-        """Take over, for a lane that has nothing to do, a task that waits in one that is no better for it."""
-        found: Attempt | None = None
+        """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
+        for attempt in sorted(self._within_reach(lane), key=_by_turn):
+            if self._standing(lane, attempt, now) is Standing.NOW:
+                attempt.lane.take_out(attempt)
+                self._move(attempt, lane)
+                return attempt
+            if lane.gate.breaker is not None:  # it takes the probe, when that is due
+                self._wake_at(lane, lane.gate.breaker.ready_at(now), now)
+        return None
+
+    def _within_reach(self, lane: Lane) -> Iterator[Attempt]:
+        """Give the tasks that wait in lanes which are no better for them, or shut, and that were not tried there."""
         for other in self.lanes:
-            head = other.head()
-            route = None if head is None or head.number or head.trail is None else head.trail.route
-            if head is None or route is None or other is lane:
+            if other is lane:
                 continue
-            if lane in route.ranks and route.ranks[lane] <= route.ranks[other]:
-                found = head if found is None or head.index < found.index else found
-        if found is None or self._standing(lane, found, now) is not Standing.NOW:
-            return None
-        self._pop(found.lane, found)
-        self._move(found, lane)
-        return found
+            breaker = other.gate.breaker
+            is_shut = breaker is not None and breaker.state is not CLOSED
+            for attempt in other.waiting():
+                trail = attempt.trail
+                if attempt.number or trail is None or trail.route is None or trail.uncounted:
+                    continue
+                ranks = trail.route.ranks
+                if lane in ranks and (is_shut or ranks[lane] <= ranks[other]):
+                    yield attempt
 
     def _passed_on(self, attempt: Attempt, spent: bool, now: float) -> bool:
         """Hand a task that its lane does not take to one that does, or at least will."""
@@ -1171,6 +1185,8 @@ class Run:
         trail = attempt.remember()
         self._tell("rerouted", now, attempt, other.name)
         attempt.lane.stats.rerouted += 1
+        if attempt.number or trail.uncounted:  # where it was tried it does not come back, and begin to count anew
+            route.ranks.pop(attempt.lane, None)
         hop = Hop(attempt.lane.name, attempt.number, reason, trail.error if attempt.number else None)
         route.leave(hop, attempt.usage_here)
         self._return_budget(attempt)
@@ -1178,7 +1194,7 @@ class Run:
         trail.begin()
         attempt.number = 0
         self._move(attempt, other)
-        self._offer_to_equals(other, route)
+        self._offer(route)
 
     def _move(self, attempt: Attempt, other: Lane) -> None:
         """Have a task that is in no queue wait in another lane, in its turn."""
@@ -1190,7 +1206,7 @@ class Run:
                 self._resume(lane)
         other.taken += 1
         attempt.lane = other
-        heappush(other.heap, (attempt.rank or (0, attempt.index), attempt))
+        heappush(other.heap, (_by_turn(attempt), attempt))
         self._ruffle()
         self._activate(other)
 
@@ -1239,7 +1255,7 @@ class Run:
     def _give_up(self, attempt: Attempt, now: float) -> None:
         """End a task whose time is over while it waits for another attempt: the failure it had stands."""
         trail = attempt.trail
-        if trail is not None and trail.error is not None and self._take_from_heap(attempt):
+        if trail is not None and trail.error is not None and attempt.lane.take_out(attempt):
             self._return_budget(attempt)
             self._fail(attempt, trail.error, now)
 
@@ -1325,7 +1341,7 @@ class Run:
         """Every task that waits, in a queue or for its retry, is cancelled."""
         for lane in self.lanes:
             self._draw(lane, len(lane.raw))
-            waiting = [*lane.fifo, *(attempt for _, attempt in sorted(lane.heap, key=lambda entry: entry[0]))]
+            waiting = lane.waiting()
             lane.fifo.clear()
             lane.heap.clear()
             for attempt in waiting:
@@ -1343,20 +1359,8 @@ class Run:
 
     def _take_from_queue(self, attempt: Attempt) -> None:
         """Take a task that waits out of wherever it waits."""
-        fifo = attempt.lane.fifo
-        if attempt in fifo:
-            fifo.remove(attempt)
-        elif not self._take_from_heap(attempt):
+        if not attempt.lane.take_out(attempt):
             self._timers.remove(Timer.RETRY, attempt)
-
-    @staticmethod
-    def _take_from_heap(attempt: Attempt) -> bool:
-        heap = attempt.lane.heap
-        waiting = [entry for entry in heap if entry[1] is attempt]
-        if waiting:
-            heap.remove(waiting[0])
-            heapify(heap)
-        return bool(waiting)
 
     def _abandon_all(self, now: float) -> None:
         for attempt in sorted(self._running, key=_by_index):
@@ -1452,6 +1456,10 @@ def _failure(error: BaseException) -> TaskStatus:
 
 def _by_index(attempt: Attempt) -> int:
     return attempt.index
+
+
+def _by_turn(attempt: Attempt) -> Rank:
+    return attempt.rank or (0, attempt.index)
 
 
 def _outcome_word(outcome: Any) -> str:
