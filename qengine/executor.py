@@ -19,7 +19,7 @@ from .core.lane import LANES_KEPT, Attempt, Feed, FeedKind, Lane, handful_of
 from .core.quota import Allowance
 from .core.steps import Raised
 from .counters import Tally
-from .drivers.calls import current_token, is_plain_data, refuse_async, run_in
+from .drivers.calls import current_token, is_plain_data, refuse_async, run_in, run_now
 from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse, require_callable, require_kind
@@ -27,7 +27,7 @@ from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
 from .policy import ExecutionPolicy, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
-from .routing import RouteBy, Router, make_router, refuse_routes
+from .routing import RouteBy, Router, make_router
 from .session import (
     Face,
     OwnedGate,
@@ -259,8 +259,6 @@ class FunctionFace(Reporting, Generic[P, V]):
         """Give a task its route, where there are sources."""
         if self._router is not None:
             return self._router.send(attempt, book.of(self._router.names))
-        if attempt.task is not None:
-            refuse_routes(attempt.task)
         return attempt
 
     def _preparer(self, book: LaneBook) -> Callable[[Any], Any]:
@@ -273,8 +271,6 @@ class FunctionFace(Reporting, Generic[P, V]):
             if isinstance(item, Task):
                 task, payload = item, item.payload
             try:
-                if task is not None:
-                    refuse_routes(task)
                 lane_key = lane_by(payload)
                 lane = known(lane_key)
                 if lane is None or lane.forgotten:
@@ -582,8 +578,9 @@ class _Calls(Calls):
         replies = session.clock.queue()
         call = Call(task.payload, replies.put, session.clock)
         attempt = Attempt(call, task, lane)
-        if owner.send(attempt, self.book) is not attempt:
-            raise TypeError("accepts returned an awaitable, and nobody awaits it here")
+        sent: Any = owner.send(attempt, self.book)
+        if sent is not attempt:
+            run_now(sent)
         self.waiting.add(call)
         session.crew.post(session.run.submitted, attempt)
         leave = self.withdraw_with(call.outer, attempt)
@@ -665,7 +662,8 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
             listed; "cost" the cheapest first, by `Source.cost` and the task's amount, and of those that cost the same
             first what has a budget or quota: the free tier, then what is included, then what is paid for.  Equal ones
             share the tasks.  A task goes on to the next source when one has failed for good, after its own retries, has
-            an open breaker or nothing left to use; it does not while it merely has to wait for limits.
+            an open breaker or nothing left to use; it does not while it merely has to wait for limits, or for
+            what calls in flight at that source have reserved and may give back.
         lane_by: Gives the lane of a payload, by any hashable key: each has limits, concurrency, a budget and a breaker
             of its own, and worker threads for its concurrency, where its calls take time.  Of more than 1,000 lanes
             those are forgotten that are as if they were new; `by_source["(others)"]` is what they did.  Not more than
@@ -674,8 +672,9 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
         hold_while: Called without arguments in a worker, when there is something to start and at most once in 0.1 s:
-            while it says True nothing is started, nor made ready; until it has answered first, nothing either.  Ready
-            ones for memory and load are in `qengine.machine`.  One that raises holds nothing, and is logged.
+            while it says True nothing is started, nor until its first answer.  A later one is waited for, for a second;
+            with one that takes longer what it said before holds on.  One that raises holds nothing, and is logged.
+            Ready ones for memory and load are in `qengine.machine`.
 
     Thread-safe: several runs may go on at once; they share the limits.
 

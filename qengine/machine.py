@@ -1,6 +1,6 @@
 """Probes of the machine, ready for `hold_while`: nothing more is started while memory is short or the load is high.
 
-    ExecutionPolicy(concurrency=64, hold_while=memory_above(0.9))
+    TaskScheduler(fn, ExecutionPolicy(concurrency=64), hold_while=memory_above(0.9))
 
 Rules: a probe is a function without arguments that says True while nothing more should be started.  It looks anew at
 each call, in well under a millisecond, and may be called from any thread.  Where the platform has no such figure the

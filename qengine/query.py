@@ -24,7 +24,7 @@ from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_count, require_kind
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
 from .policy import StopConditions, calls_of, refuse_beyond_budget
-from .routing import check_sources, refuse_routes
+from .routing import check_sources
 from .session import (
     Face,
     Probe,
@@ -358,7 +358,6 @@ class _Feeds:
         attempt = Attempt(query, query, lane)
         attempt.rank = (query.priority, below, child, number)
         try:
-            refuse_routes(query)
             if query.node is key.node:
                 attempt.node = key
                 attempt.is_plain = query.payload is item and key.below is below and key.child == child

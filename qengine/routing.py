@@ -59,7 +59,14 @@ class Router:
         if task.prefer is not None and task.prefer not in routes:
             refuse("prefer", task.prefer, f"one of the routes: {', '.join(routes)}")
         able = self._able(task, {name: lanes[name] for name in routes})
-        asked = {name: self._accepts(name, task) for name in able}
+        asked: dict[str, Any] = {}
+        try:
+            for name in able:
+                accepts = self.sources[name].accepts
+                asked[name] = True if accepts is None else accepts(task)
+        except BaseException:
+            _close(asked)
+            raise
         if any(hasattr(type(answer), "__await__") for answer in asked.values()):
             return self._sent_later(attempt, able, asked)
         return self._sent(attempt, able, asked)
@@ -81,14 +88,14 @@ class Router:
             raise refusal
         return able
 
-    def _accepts(self, name: str, task: Task[Any]) -> Any:
-        accepts = self.sources[name].accepts
-        return True if accepts is None else accepts(task)
-
-    async def _sent_later(self, attempt: Attempt, able: dict[str, Lane], asked: Mapping[str, Any]) -> Attempt:
+    async def _sent_later(self, attempt: Attempt, able: dict[str, Lane], asked: dict[str, Any]) -> Attempt:
         answers = {}
-        for name, answer in asked.items():
-            answers[name] = await answer if hasattr(type(answer), "__await__") else answer
+        try:
+            for name in able:
+                answer = asked.pop(name)
+                answers[name] = await answer if hasattr(type(answer), "__await__") else answer
+        finally:
+            _close(asked)
         return self._sent(attempt, able, answers)
 
     def _sent(self, attempt: Attempt, able: dict[str, Lane], answers: Mapping[str, Any]) -> Attempt:
@@ -112,6 +119,13 @@ class Router:
         return lane.tariff.used_by(task.amount).get("cost", 0.0), not lane.tariff.is_free, not is_bounded
 
 
+def _close(answers: Mapping[str, Any]) -> None:
+    """Close awaitables that nobody is to await."""
+    for answer in answers.values():
+        if hasattr(answer, "close"):
+            answer.close()
+
+
 def check_sources(sources: Sequence[Source]) -> dict[str, Source]:
     """Refuse what is not a sequence of sources; return them by their names."""
     if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
@@ -120,13 +134,6 @@ def check_sources(sources: Sequence[Source]) -> dict[str, Source]:
     if not names or len(set(names)) < len(names):
         refuse("sources", names, "one or more sources of different names")
     return dict(zip(names, sources, strict=True))
-
-
-def refuse_routes(task: Task[Any]) -> None:
-    """Refuse a task that names sources, where it has no choice."""
-    if task.routes or task.prefer is not None:
-        name = "routes" if task.routes else "prefer"
-        refuse(name, getattr(task, name), "none here: a TaskScheduler of several sources takes them")
 
 
 def make_router(fn_or_sources: Any, route_by: RouteBy, policy: ExecutionPolicy) -> Router | None:

@@ -205,7 +205,6 @@ class Feed:
         "ended",
         "enough",
         "handful",
-        "has_budget",
         "hold_until",
         "iterator",
         "kind",

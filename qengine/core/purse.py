@@ -123,9 +123,10 @@ class Purse:
         )
 
     def might_fit(self, parts: Parts) -> bool:
-        """Say whether all of it is there, or would be if what is reserved were not used after all."""
+        """Say whether all of it is there, or would be if what is reserved were not used after all; a call always is."""
         return all(
-            allowance.might_fit(part) or self._is_let_pass(allowance, part)
+            (allowance.fits if allowance.unit == "calls" else allowance.might_fit)(part)
+            or self._is_let_pass(allowance, part)
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
-from ..model import Hop
+from ..errors import refuse
+from ..model import Hop, Task
+
+
+def refuse_routes(task: Task[Any]) -> None:
+    """Refuse a task that names sources, where it has no choice."""
+    if task.routes or task.prefer is not None:
+        name = "routes" if task.routes else "prefer"
+        refuse(name, getattr(task, name), "none here: a TaskScheduler of several sources takes them")
 
 
 class Standing(IntEnum):

@@ -32,7 +32,7 @@ from .breaker import CLOSED
 from .bucket import CATCH_UP
 from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane, Rank
 from .purse import Parts, Purse
-from .route import Route, Standing
+from .route import Route, Standing, refuse_routes
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
 from .timers import Timer, Timers
@@ -53,7 +53,9 @@ look through; of such a query what was found.  None: it has none yet."""
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
 PROBED_EVERY = 0.100
-"""Seconds at least between two questions to a probe; what it has said holds until it has said something else."""
+"""Seconds at least between two questions to a probe; for so long holds what it has said."""
+PROBE_AWAITED = 1.0
+"""Seconds for which its next answer is waited for; with one that takes longer, what it said before holds on."""
 SETTLING = 0.100
 """Seconds in which a call that was given up may still end, as it is told to, before it counts as one that hangs."""
 INF = math.inf
@@ -133,7 +135,7 @@ class Run:
         self._index = 0
         self._keys: set[Any] = set()
         self._is_routed = False  # whether there are tasks that several sources can do
-        self._short: set[Lane] = set()  # lanes that wait for what calls may give back
+        self._short: dict[Lane, None] = {}  # lanes that wait for what calls may give back
         self._smooth: dict[Lane, None] = {}  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
         self.first_start: float | None = None
@@ -161,10 +163,11 @@ class Run:
             if self._held:
                 places = 0
         active = self.active
-        if self._probe is not None and active and self.stop_reason is None:
+        if self._probe is not None and self._has_work(now) and self.stop_reason is None:
             if now >= self._probe_at and not self._probe.pulling:
+                self._set_timer(now + PROBE_AWAITED, Timer.PROBE, None)
                 return self._pull(self._probe, now)
-            if self._is_held_back:
+            if self._is_held_back or self._probe_at <= now < self._probe.pulled_at + PROBE_AWAITED:
                 places = 0
         while active and (places == INF or len(self._running) < places):
             lane = active[0]
@@ -339,13 +342,25 @@ class Run:
 
     def _probed(self, probe: Feed, now: float) -> None:
         """Note what the probe has said: it is asked again when there is something to admit, and not at once."""
-        was_held, self._is_held_back = self._is_held_back, any(held for held, in probe.arrived)
+        was_held = self._is_held_back and self._probe_at > -INF  # nobody was told of what went before its first word
+        self._is_held_back = any(held for held, in probe.arrived)
         probe.arrived.clear()
         self._probe_at = now + PROBED_EVERY
         if self._is_held_back:
             self._set_timer(self._probe_at, Timer.PROBE, None)
         if self._is_held_back != was_held:
             self._tell("held" if self._is_held_back else "released", now, None)
+
+    def _has_work(self, now: float) -> bool:
+        """Say whether there may be something to start: else a probe is not asked."""
+        if self._is_routed:
+            return bool(self.active) and any(lane.fifo or lane.heap for lane in self.lanes)
+        for lane in self.active:
+            if self._data is not None and lane.resume_at == INF:
+                self._refill(lane, now)
+            if lane.raw or lane.fifo or lane.heap or self._tree is not None:
+                return True
+        return False
 
     def forget_idle(self, now: float) -> int:
         """Forget the lanes that are as if they were new: keys without a bound are not to fill the memory.
@@ -578,10 +593,12 @@ class Run:
             attempt.rank = (*attempt.rank, attempt.index)
         elif task.priority:
             attempt.rank = (task.priority, attempt.index)
-        is_checked = attempt.trail is not None and attempt.trail.route is not None  # each source was asked
-        if attempt.outcome is None and task.amount != 1 and not is_checked:
+        is_routed = attempt.trail is not None and attempt.trail.route is not None  # and was checked for each source
+        if attempt.outcome is None and attempt.reason is None and not is_routed:
             try:
-                attempt.lane.check(task.amount)
+                refuse_routes(task)
+                if task.amount != 1:
+                    attempt.lane.check(task.amount)
             except ValueError as error:
                 attempt.outcome = Raised(error)
         if attempt.outcome is not None:
@@ -785,7 +802,7 @@ class Run:
         spent = lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget)
         if purse is not None and not spent and not purse.fits(parts := purse.parts(attempt.amount)):
             if purse.might_fit(parts) and self._may_get_back(lane):
-                self._short.add(lane)
+                self._short[lane] = None
                 return INF  # what runs may turn out to use less
             spent = True
         if (shut or hangs or spent) and (

@@ -250,6 +250,7 @@ def test_a_run_makes_as_many_calls_as_there_are(quiet: bool) -> None:
 
 def test_what_does_not_fit_waits_for_what_runs_and_only_for_that() -> None:
     book = Book(10)
+    book.unit = "tokens"
     lane = make_lane(concurrency=4, allowances=[book])
     trial = Trial(lane, data=[Task(number, amount=amount) for number, amount in enumerate([6, 4, 3, 11])])
     six, four = trial.start()
