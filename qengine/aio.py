@@ -26,17 +26,16 @@ from .executor import Call, Calls, Exit, FunctionFace, LaneBook, refuse_limits, 
 from .manifest import RunManifest
 from .model import CancellationToken, CollectionReport, Event, Query, RunReport, Task, TaskResult
 from .policy import ExecutionPolicy, StopConditions
+from .probe import HoldWhile
 from .query import HierarchyFace, items_of
 from .routing import RouteBy
 from .session import (
     INTERRUPT_SECONDS,
-    Probe,
     Reporting,
     Results,
     Session,
     Stage,
     attach_report,
-    check_probe,
     check_run,
     check_token,
 )
@@ -201,6 +200,7 @@ class _AsyncFace(Reporting):
     """What the executors of asyncio share: `run` and `stream` over a session."""
 
     input_kinds = _KINDS
+    awaits = True
     others = staticmethod(_count)
 
     async def _run(self, inputs: Any, cancel: CancellationToken | None) -> Any:
@@ -236,10 +236,9 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
-        hold_while: Probe | None,
+        hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
     ) -> None:
-        check_probe(hold_while, may_be_async=True)
         super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
         if self._router is None:
             require_async("fn", fn, generators=False)
@@ -292,7 +291,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
             book.forget_idle()
         lane = book.lane(self.lane_key(task.payload))
         if calls is None:
-            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event, self.hold_while)
+            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event, self.probe)
         calls.pending += 1
         try:
             return await calls.call(task, lane, self)  # type: ignore[no-any-return]
@@ -381,7 +380,7 @@ class AsyncConcurrentExecutor(_AsyncFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
         refuse_limits(policy, "AsyncTaskScheduler")
         super().__init__(fn, clock, policy, None, key, on_event, hold_while)
@@ -423,7 +422,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
         super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
 
@@ -472,9 +471,8 @@ class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
         lookahead: int = 64,
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
-        check_probe(hold_while, may_be_async=True)
         super().__init__(sources, plan, asyncio_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
         for source in self.sources:
             require_async(f"fetch of {source.name!r}", source.fetch)

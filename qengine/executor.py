@@ -27,17 +27,16 @@ from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
 from .policy import ExecutionPolicy, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
+from .probe import HoldWhile, Probe
 from .routing import RouteBy, Router, make_router
 from .session import (
     Face,
     OwnedGate,
-    Probe,
     Reporting,
     Session,
     Stage,
     Stream,
     check_live_limits,
-    check_probe,
     check_run,
     refuse_async_predicate,
     result_of,
@@ -191,7 +190,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
-        hold_while: Probe | None,
+        hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
     ) -> None:
         require_kind("policy", policy, ExecutionPolicy)
@@ -217,7 +216,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         self._lane_by = lane_by
         self._key = key
         self._on_event = on_event
-        self.hold_while = hold_while
+        self.probe = self.make_probe(hold_while)
         self._retries_timeouts = timeout_verdict(policy.retry)
         self.gates = KeyedGates()
 
@@ -241,7 +240,7 @@ class FunctionFace(Reporting, Generic[P, V]):
             stop=self.policy.stop,
             feed=feed,
             data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
-            hold_while=self.probe_on(stage),
+            probe=self.probe_on(stage),
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
@@ -366,10 +365,9 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         lane_by: Callable[[P], Any] | None,
         key: Callable[[P], Any] | None,
         on_event: Callable[[Event], object] | None,
-        hold_while: Probe | None,
+        hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
     ) -> None:
-        check_probe(hold_while, may_be_async=False)
         super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
         allowed = f"a plain function: an async one needs Async{type(self).__name__}"
         refuse_async("fn", fn, allowed)
@@ -436,7 +434,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
                         lane.callers -= 1
                         continue
                     if self._calls is None or self._calls.session.crew.over:
-                        self._calls = _Calls(self.stage, self._calls_book, self._on_event, self.hold_while)
+                        self._calls = _Calls(self.stage, self._calls_book, self._on_event, self.probe)
                     calls = self._calls
                     calls.pending += 1
             return calls.call(task, lane, self)  # type: ignore[no-any-return]
@@ -513,7 +511,7 @@ class Calls:
         stage: Stage,
         book: LaneBook,
         on_event: Callable[[Event], object] | None,
-        hold_while: Probe | None,
+        probe: Probe | None,
     ) -> None:
         self.pending = 0
         self.book = book
@@ -530,7 +528,7 @@ class Calls:
             nested=False,  # each call is its own caller's
             feed=self.feed,
             deliver=self._deliver,
-            hold_while=hold_while,
+            probe=probe,
             on_event=on_event,
             tally=book.tally,
         )
@@ -645,7 +643,7 @@ class ConcurrentExecutor(_ThreadsFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
         refuse_limits(policy, "TaskScheduler")
         super().__init__(fn, clock, policy, None, key, on_event, hold_while)
@@ -705,7 +703,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         clock: VirtualClock | None = None,
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
         super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
 

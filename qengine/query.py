@@ -24,16 +24,15 @@ from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_count, require_kind
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
 from .policy import StopConditions, calls_of, refuse_beyond_budget
+from .probe import HoldWhile
 from .routing import check_sources
 from .session import (
     Face,
-    Probe,
     Reporting,
     Session,
     Stage,
     Stream,
     check_live_limits,
-    check_probe,
     check_run,
     result_of,
     threads_stage,
@@ -97,7 +96,7 @@ class HierarchyFace(Reporting):
         stop: StopConditions,
         lookahead: int,
         on_event: Callable[[Event], object] | None,
-        hold_while: Probe | None,
+        hold_while: HoldWhile | None,
     ) -> None:
         check_sources(sources)
         for method in ("queries", "children"):
@@ -119,7 +118,7 @@ class HierarchyFace(Reporting):
         refuse_beyond_budget(stop, sum(budgets) if len(budgets) == len(sources) else None, only_calls_fail=False)
         self.lookahead = lookahead
         self._on_event = on_event
-        self.hold_while = hold_while
+        self.probe = self.make_probe(hold_while)
 
     def fetcher(self, source: Source) -> Callable[[Query[Any]], Any]:
         """Return what fetches the items of a query, as this world's workers call it."""
@@ -153,7 +152,7 @@ class HierarchyFace(Reporting):
             stop=self.stop,
             tree=tree,
             width=self.concurrency,
-            hold_while=self.probe_on(stage),
+            probe=self.probe_on(stage),
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
@@ -197,9 +196,8 @@ class QueryExecutor(Face, HierarchyFace):
         lookahead: int = 64,
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
-        hold_while: Probe | None = None,
+        hold_while: HoldWhile | None = None,
     ) -> None:
-        check_probe(hold_while, may_be_async=False)
         super().__init__(sources, plan, threads_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
         for method in ("queries", "children", "following"):
             refuse_async(f"plan.{method}", getattr(plan, method, None), _PLAIN)

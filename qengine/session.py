@@ -12,8 +12,6 @@ import math
 import time
 from collections import deque
 from collections.abc import (
-    AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Iterable,
@@ -29,7 +27,7 @@ from threading import Lock, RLock
 from typing import Any, Generic, Self, TypeVar
 
 from .core.gate import Gate
-from .core.lane import Attempt, Feed, FeedKind, Lane
+from .core.lane import Attempt, Feed, Lane
 from .core.latency import Latencies
 from .core.limits import LimitSet
 from .core.place import level_of
@@ -40,11 +38,11 @@ from .core.shelf import Shelf
 from .core.steps import Raised
 from .core.tree import Found, Tree
 from .counters import Counters, Tally
-from .drivers.calls import check_value, current_token, enter_run, is_async, refuse_async, task_of, tell
+from .drivers.calls import current_token, enter_run, refuse_async, task_of, tell
 from .drivers.clock import SYSTEM_CLOCK, Clock
 from .drivers.threads import ThreadCrew
 from .drivers.virtual import VirtualClock
-from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_callable, require_kind
+from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kind
 from .events import Teller
 from .forks import restart_after_fork
 from .model import (
@@ -73,6 +71,7 @@ from .policy import (
     StopConditions,
     Window,
 )
+from .probe import HoldWhile, Probe
 from .quota import Account
 
 P = TypeVar("P")
@@ -285,49 +284,6 @@ def with_times(reports: Iterable[SourceReport], records: Iterable[Record]) -> di
     return by_source
 
 
-Probe = Callable[[], "bool | Awaitable[bool]"]
-"""Says whether admission is to be held.  Under asyncio it may be async."""
-
-
-def check_probe(hold_while: Probe | None, *, may_be_async: bool) -> None:
-    """Refuse what cannot be asked whether to hold admission."""
-    optional(require_callable, "hold_while", hold_while)
-    if not may_be_async:
-        refuse_async("hold_while", hold_while)
-
-
-def _probe_feed(hold_while: Probe) -> Feed:
-    """Return what asks a probe, as often as it is pulled.  A probe that raises holds nothing, and is logged once."""
-    failed: list[BaseException] = []
-
-    def failure(error: Exception) -> bool:
-        if not failed:
-            failed.append(error)
-            _log.error("hold_while raised; nothing is held for it, and this run reports it no more", exc_info=error)
-        return False
-
-    def ask() -> bool:
-        try:
-            answer = hold_while()
-            check_value(answer)
-            return bool(answer)
-        except Exception as error:
-            return failure(error)
-
-    async def ask_later() -> AsyncIterator[bool]:
-        while True:
-            try:
-                answer: Any = hold_while()
-                yield bool(await answer if hasattr(type(answer), "__await__") else answer)
-            except Exception as error:
-                yield failure(error)
-
-    def opened() -> Any:
-        return ask_later() if is_async(hold_while) else iter(ask, None)
-
-    return Feed(FeedKind.PROBE, opened, lambda held: (held,), label="hold_while", handful=1)
-
-
 class Session:
     """One run with its crew, from its making to its report."""
 
@@ -343,7 +299,7 @@ class Session:
         width: int | None = None,
         records: list[Record] | None = None,
         deliver: Callable[[Attempt | None], object] | None = None,
-        hold_while: Probe | None = None,
+        probe: Probe | None = None,
         on_event: Callable[[Event], object] | None = None,
         cancel: CancellationToken | None = None,
         nested: bool = True,
@@ -382,7 +338,7 @@ class Session:
             rng=clock.rng(),
             records=records,
             completed=None if deliver is None else deque(),
-            probe=None if hold_while is None else _probe_feed(hold_while),
+            probe=None if probe is None else probe.feed(),
             emit=self._teller.emit,
             note=self._teller.note,
         )
@@ -739,7 +695,9 @@ class Reporting:
     """Gives the number of other threads, where often there is none."""
     input_kinds: tuple[type, ...] = (Iterable,)
     """What inputs may be."""
-    hold_while: Probe | None = None
+    awaits = False
+    """Whether what user code returns is awaited."""
+    probe: Probe | None = None
     """Says whether admission is to be held."""
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
@@ -753,9 +711,13 @@ class Reporting:
         """
         return self.tally.counters()
 
+    def make_probe(self, hold_while: HoldWhile | None) -> Probe | None:
+        """Return what asks whether admission is to be held."""
+        return None if hold_while is None else Probe(hold_while, self.stage.clock, awaits=self.awaits)
+
     def probe_on(self, stage: Stage) -> Probe | None:
-        """Return what says in a run on a stage whether admission is to be held: a prediction asks no machine."""
-        return self.hold_while if stage is self.stage else None
+        """Return what is asked in a run on a stage whether admission is to be held: a prediction asks no machine."""
+        return self.probe if stage is self.stage else None
 
     def tally_on(self, stage: Stage) -> Tally | None:
         """Return what counts a run on a stage: a prediction is none of the executor's runs."""

@@ -41,7 +41,7 @@ SHRINK = 0.8
 LEAST = 0.2
 """What the refusals of one burst leave at the least, however many they are."""
 
-PLATEAU, PROBED = 0.95, 0.9
+PLATEAU, PROBED = 0.95, 0.85
 """Where the plateau is, in shares of what failed; and of what failed as a probe, which goes further too far."""
 
 HOLD = 9.0

@@ -133,7 +133,7 @@ class Purse:
     def is_within(self, parts: Parts, share: float) -> bool:
         """Say whether with this call no more would be reserved than a share of what has not been used."""
         return all(
-            allowance.unused - allowance.remaining + part <= share * allowance.unused
+            not part or allowance.unused - allowance.remaining + part <= share * allowance.unused
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 

@@ -163,7 +163,7 @@ class Run:
             if self._held:
                 places = 0
         active = self.active
-        if self._probe is not None and self._has_work(now) and self.stop_reason is None:
+        if self._probe is not None and self._has_work(now):
             if now >= self._probe_at and not self._probe.pulling:
                 self._set_timer(now + PROBE_AWAITED, Timer.PROBE, None)
                 return self._pull(self._probe, now)
@@ -315,7 +315,7 @@ class Run:
         self._pulls.remove(feed)
         feed.pulling = False
         if feed is self._probe:
-            self._probed(feed, now)
+            self._probed(feed, error, now)
             return
         self._collect(feed, now)
         took = now - feed.pulled_at
@@ -340,8 +340,12 @@ class Run:
                 if sum(lane.taken - lane.delivered for lane in self.lanes) < self.crowd:
                     self.thinned(now)  # a consumer was quick: as many may not come
 
-    def _probed(self, probe: Feed, now: float) -> None:
+    def _probed(self, probe: Feed, error: BaseException | None, now: float) -> None:
         """Note what the probe has said: it is asked again when there is something to admit, and not at once."""
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            self.fatal = error
+            self.cancel(type(error).__name__, now, "abandon")
+            return
         was_held = self._is_held_back and self._probe_at > -INF  # nobody was told of what went before its first word
         self._is_held_back = any(held for held, in probe.arrived)
         probe.arrived.clear()
@@ -353,6 +357,8 @@ class Run:
 
     def _has_work(self, now: float) -> bool:
         """Say whether there may be something to start: else a probe is not asked."""
+        if self.stop_reason is not None or not self._may_start():
+            return False
         if self._is_routed:
             return bool(self.active) and any(lane.fifo or lane.heap for lane in self.lanes)
         for lane in self.active:
@@ -809,11 +815,12 @@ class Run:
             self._passed_on(attempt, spent, now) or self._skipped(lane, attempt, spent, now)
         ):
             return now
-        if (shut or hangs) and trail is not None and trail.route is not None:
+        if trail is not None and trail.route is not None and self._is_shut(lane, now):
             self._offer(trail.route)  # another may be back before
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
         if not lane.has_share(parts):
+            self._short[lane] = None
             return INF  # one of its calls runs, and will end
         until = now
         if gate.active:
@@ -1146,7 +1153,7 @@ class Run:
 
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
         """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
-        for attempt in sorted(self._within_reach(lane), key=_by_turn):
+        for attempt in sorted(self._within_reach(lane, now), key=_by_turn):
             if self._standing(lane, attempt, now) is Standing.NOW:
                 attempt.lane.take_out(attempt)
                 self._move(attempt, lane)
@@ -1155,13 +1162,12 @@ class Run:
                 self._wake_at(lane, lane.gate.breaker.ready_at(now), now)
         return None
 
-    def _within_reach(self, lane: Lane) -> Iterator[Attempt]:
+    def _within_reach(self, lane: Lane, now: float) -> Iterator[Attempt]:
         """Give the tasks that wait in lanes which are no better for them, or shut, and that were not tried there."""
         for other in self.lanes:
             if other is lane:
                 continue
-            breaker = other.gate.breaker
-            is_shut = breaker is not None and breaker.state is not CLOSED
+            is_shut = self._is_shut(other, now)
             for attempt in other.waiting():
                 trail = attempt.trail
                 if attempt.number or trail is None or trail.route is None or trail.uncounted:
@@ -1169,6 +1175,12 @@ class Run:
                 ranks = trail.route.ranks
                 if lane in ranks and (is_shut or ranks[lane] <= ranks[other]):
                     yield attempt
+
+    @staticmethod
+    def _is_shut(lane: Lane, now: float) -> bool:
+        """Say whether a lane starts nothing for a while; one whose breaker's probe is due merely waits for limits."""
+        breaker = lane.gate.breaker
+        return lane.abandoned >= lane.max_abandoned or (breaker is not None and breaker.ready_at(now) > now)
 
     def _passed_on(self, attempt: Attempt, spent: bool, now: float) -> bool:
         """Hand a task that its lane does not take to one that does, or at least will."""

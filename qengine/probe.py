@@ -1,0 +1,105 @@
+"""A probe of the user's: it says whether admission is to be held.
+
+Rules: it is asked by a worker of a run, under no lock, and at most once in `PROBED_EVERY` seconds by all runs of an
+executor together; who comes sooner gets the answer that there is.  One that raises holds nothing, and is logged once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .core.lane import Feed, FeedKind
+from .core.run import PROBED_EVERY
+from .drivers.calls import check_value, is_async, refuse_async
+from .drivers.clock import Clock
+from .errors import refuse_type, require_callable
+
+_log = logging.getLogger(__name__)
+
+HoldWhile = Callable[[], "bool | Awaitable[bool]"]
+
+_ROUNDING = 1e-6
+
+
+class Probe:
+    """What is asked for all runs of an executor.
+
+    Args:
+        hold_while: The user's function.
+        clock: That of the runs.
+        awaits: Whether its answer may have to be awaited.
+
+    Raises:
+        TypeError: It is no function that says yes or no, but one to be iterated over, or awaited where nobody does.
+    """
+
+    def __init__(self, hold_while: HoldWhile, clock: Clock, *, awaits: bool) -> None:
+        require_callable("hold_while", hold_while)
+        allowed = "a function that returns True or False"
+        iterates = is_async(hold_while) and not is_async(hold_while, generators=False)
+        if iterates or inspect.isgeneratorfunction(hold_while):
+            refuse_type("hold_while", hold_while, allowed)
+        if not awaits:
+            refuse_async("hold_while", hold_while, f"{allowed}, and no async one")
+        self._hold_while = hold_while
+        self._clock = clock
+        self._awaits = awaits
+        self._asked_at = -math.inf
+        self._answer = True  # until it has said something
+        self._has_failed = False
+
+    def feed(self) -> Feed:
+        """Return what asks it in one run, as often as it is pulled."""
+        answers = _Answers(self.ask_later) if self._awaits else iter(self.ask, None)
+        return Feed(FeedKind.PROBE, lambda: answers, lambda held: (held,), label="hold_while", handful=1)
+
+    def ask(self) -> bool:
+        """Return what it says."""
+        if self._is_due():
+            try:
+                answer = self._hold_while()
+                check_value(answer)
+                self._answer = bool(answer)
+            except Exception as error:
+                self._failed(error)
+        return self._answer
+
+    async def ask_later(self) -> bool:
+        """Return what it says, awaiting that if need be."""
+        if self._is_due():
+            try:
+                answer: Any = self._hold_while()
+                self._answer = bool(await answer if hasattr(type(answer), "__await__") else answer)
+            except Exception as error:
+                self._failed(error)
+        return self._answer
+
+    def _is_due(self) -> bool:
+        now = self._clock.now()
+        if now < self._asked_at + PROBED_EVERY - _ROUNDING:
+            return False
+        self._asked_at = now  # first: another run may ask in the same instant
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        self._answer = False
+        if not self._has_failed:
+            self._has_failed = True
+            _log.error("hold_while raised; it holds nothing, and this is reported no more", exc_info=error)
+
+
+class _Answers:
+    """What a probe says, awaited.  Not a generator: one that has raised says nothing any more."""
+
+    def __init__(self, ask: Callable[[], Awaitable[bool]]) -> None:
+        self._ask = ask
+
+    def __aiter__(self) -> _Answers:
+        return self
+
+    async def __anext__(self) -> bool:
+        return await self._ask()
