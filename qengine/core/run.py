@@ -125,6 +125,7 @@ class Run:
         self._probe = probe
         self._is_held_back = True  # until the probe has said something
         self._probe_at = -INF  # not to be asked again before
+        self._probe_awaited_until = -INF
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._forget_at = LANES_KEPT  # with so many lanes, those that are as new are forgotten
@@ -165,9 +166,10 @@ class Run:
         active = self.active
         if self._probe is not None and self._has_work(now):
             if now >= self._probe_at and not self._probe.pulling:
-                self._set_timer(now + PROBE_AWAITED, Timer.PROBE, None)
+                self._probe_awaited_until = now + PROBE_AWAITED
+                self._set_timer(self._probe_awaited_until, Timer.PROBE, None)
                 return self._pull(self._probe, now)
-            if self._is_held_back or self._probe_at <= now < self._probe.pulled_at + PROBE_AWAITED:
+            if self._is_held_back or self._probe_at <= now < self._probe_awaited_until:
                 places = 0
         while active and (places == INF or len(self._running) < places):
             lane = active[0]
@@ -1214,9 +1216,10 @@ class Run:
         trail = attempt.remember()
         self._tell("rerouted", now, attempt, other.name)
         attempt.lane.stats.rerouted += 1
-        if attempt.number or trail.uncounted:  # where it was tried it does not come back, and begin to count anew
+        was_called = attempt.number > 0 or trail.uncounted > 0
+        if was_called:  # where it was tried it does not come back, and begin to count anew
             route.ranks.pop(attempt.lane, None)
-        hop = Hop(attempt.lane.name, attempt.number, reason, trail.error if attempt.number else None)
+        hop = Hop(attempt.lane.name, attempt.number, reason, trail.error if was_called else None)
         route.leave(hop, attempt.usage_here)
         self._return_budget(attempt)
         self._timers.drop(trail.alarm)
