@@ -28,7 +28,7 @@ from .model import CancellationToken, CollectionReport, Event, Query, RunReport,
 from .policy import ExecutionPolicy, StopConditions
 from .probe import HoldWhile
 from .query import HierarchyFace, items_of
-from .routing import RouteBy
+from .routing import RouteBy, Sources
 from .session import (
     INTERRUPT_SECONDS,
     Reporting,
@@ -230,7 +230,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Awaitable[V]] | Sequence[Source],
+        fn: Callable[[P], Awaitable[V]] | Sources,
         clock: VirtualClock | None,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
@@ -414,7 +414,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
 
     def __init__(
         self,
-        fn_or_sources: Callable[[P], Awaitable[V]] | Sequence[Source],
+        fn_or_sources: Callable[[P], Awaitable[V]] | Sources,
         policy: ExecutionPolicy = ExecutionPolicy(),
         *,
         lane_by: Callable[[P], Any] | None = None,

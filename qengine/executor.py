@@ -28,7 +28,7 @@ from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
 from .policy import ExecutionPolicy, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
 from .probe import HoldWhile, Probe
-from .routing import RouteBy, Router, make_router
+from .routing import RouteBy, Router, Sources, make_router
 from .session import (
     Face,
     OwnedGate,
@@ -43,7 +43,6 @@ from .session import (
     threads_stage,
     timeout_verdict,
 )
-from .source import Source
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -184,7 +183,7 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], Any] | Sequence[Source],
+        fn: Callable[[P], Any] | Sources,
         stage: Stage,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
@@ -359,7 +358,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
 
     def __init__(
         self,
-        fn: Callable[[P], V] | Sequence[Source],
+        fn: Callable[[P], V] | Sources,
         clock: VirtualClock | None,
         policy: ExecutionPolicy,
         lane_by: Callable[[P], Any] | None,
@@ -653,7 +652,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
     """Runs a function over many inputs under limits, in batches, with retries, breakers, budgets and stops.
 
     Args:
-        fn_or_sources: A function, called with each payload in worker threads; or sources, whose `fetch` is.
+        fn_or_sources: A function, called with each payload in worker threads; or a source or several, whose `fetch` is.
         policy: See ExecutionPolicy.  Where there are sources, each has its own limits, concurrency, retries, timeout
             and breaker; the policy's stop and lookahead hold for all, its budget and quota for all of them together.
         route_by: Which source does a task, of those that its `routes` name, or of all: "order" tries them as they are
@@ -676,7 +675,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
 
     Thread-safe: several runs may go on at once; they share the limits.
 
-    >>> from qengine import RateLimit
+    >>> from qengine import RateLimit, Source
     >>> policy = ExecutionPolicy(limits=[RateLimit(per_second=1000, burst=5)], budget=2)
     >>> report = TaskScheduler(str.upper, policy).run(["a", "b", "c"])
     >>> report.values(), report.skipped_count
@@ -695,7 +694,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
 
     def __init__(
         self,
-        fn_or_sources: Callable[[P], V] | Sequence[Source],
+        fn_or_sources: Callable[[P], V] | Sources,
         policy: ExecutionPolicy = ExecutionPolicy(),
         *,
         lane_by: Callable[[P], Any] | None = None,

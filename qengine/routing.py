@@ -22,6 +22,8 @@ from .source import Source
 
 RouteBy = Literal["order", "cost"]
 
+Sources = Source | Sequence[Source]
+
 _SOURCES_OWN = ("concurrency", "limits", "batch_size", "batch_backoff", "retry", "timeout", "breaker", "max_abandoned")
 
 

@@ -529,8 +529,8 @@ def everything() -> Counters:
     """Counters with all there is."""
     full = SourceCounters(
         calls=7, success_count=3, failure_count=2, cancelled_count=1, skipped={"unsupported": 2, "duplicate": 1},
-        retries=4, throttled=5, rerouted=14, busy_seconds=1e-7, usage={"tokens": 1e21, "cost": float("inf")}, running=6, queued=8,
-        hanging=9, breaker="half open", remaining={"calls": 10, "tokens": -11.5},
+        retries=4, throttled=5, rerouted=14, busy_seconds=1e-7, usage={"tokens": 1e21, "cost": float("inf")},
+        running=6, queued=8, hanging=9, breaker="half open", remaining={"calls": 10, "tokens": -11.5},
     )
     return Counters(12, 13, {"one": SourceCounters(), "all": full})
 

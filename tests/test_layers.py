@@ -32,7 +32,8 @@ NOT_LOADED = {"asyncio", "concurrent", "http", "sqlite3", "urllib", "xml"}
 
 OFFERED_SO_FAR = {
     "RateLimit", "Window", "RetryPolicy", "BreakerPolicy", "StopConditions", "ExecutionPolicy", "RunManifest",
-    "Task", "TaskStatus", "TaskResult", "Hop", "Query", "QueryResult", "RunReport", "CollectionReport", "CancellationToken",
+    "Task", "TaskStatus", "TaskResult", "Query", "QueryResult", "RunReport", "CollectionReport", "CancellationToken",
+    "Hop", "Adaptive",
     "RateLimiter", "KeyedRateLimiter", "Reservation", "CircuitBreaker", "Quota", "Counters", "SourceCounters",
     "current_attempt", "in_thread", "simulate",
     "ConcurrentExecutor", "TaskScheduler", "Source", "Plan", "QueryExecutor", "Stream",

@@ -10,13 +10,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from readme import BLOCKS, README, ROOT, Block
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 COMMANDS = (
     "python -m qengine collect --demo",
     "python -m pip install -e '.[test]' && python -m pytest",
@@ -26,37 +25,6 @@ PYTHON = {"python", "py", "pycon"}
 OTHERS = {"toml", "json", "text", ""}
 FLAGS = doctest.ELLIPSIS | doctest.REPORT_NDIFF
 
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    line: int           # of its first line of text
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.language or 'plain'}-line-{self.line}"
-
-
-def read_blocks() -> list[Block]:
-    if not README.exists():
-        return []
-    blocks: list[Block] = []
-    language: str | None = None
-    start, text = 0, list[str]()
-    for number, line in enumerate(README.read_text(encoding="utf-8").splitlines(), 1):
-        fence = re.match(r"\s*```+\s*(\w*)", line)
-        if fence and language is None:
-            language, start, text = fence[1].lower(), number + 1, []
-        elif fence and language is not None:
-            blocks.append(Block(language, start, "\n".join(text) + "\n"))
-            language = None
-        elif language is not None:
-            text.append(line)
-    assert language is None, f"README.md: the code block of line {start} does not end"
-    return blocks
-
-
-BLOCKS = read_blocks()
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "qengine").rglob("*.py") if path.name != "__main__.py"
@@ -97,8 +65,17 @@ def test_python_of_the_readme(block: Block, tmp_path: Path, monkeypatch: pytest.
         failed = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append).failed
         assert not failed, "".join(report)
     else:
-        code = compile("\n" * (block.line - 1) + block.text, str(README), "exec")      # the lines are the README's own
-        exec(code, {"__name__": "readme"})
+        block.run()
+
+
+def test_what_the_readme_says_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A block of plain text is what the block before it prints."""
+    printed = [(block, said) for block, said in pairwise(BLOCKS) if said.language == "text"]
+    assert [said.heading for _, said in printed] == [block.heading for block, _ in printed]
+    for block, said in printed:
+        capsys.readouterr()
+        block.run()
+        assert capsys.readouterr().out == said.text, f"README.md, line {said.line}"
 
 
 def test_data_of_the_readme() -> None:

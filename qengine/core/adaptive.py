@@ -41,12 +41,13 @@ SHRINK = 0.8
 LEAST = 0.2
 """What the refusals of one burst leave at the least, however many they are."""
 
-PLATEAU, PROBED = 0.95, 0.85
-"""Where the plateau is, in shares of what failed; and of what failed as a probe, which goes further too far."""
+PLATEAU = 0.95
+"""Where the plateau is, in shares of what failed.  After a failed probe, which goes far too far, it is where it was, or
+what the decrease leaves, if that is more."""
 
-HOLD = 9.0
-"""Seconds on the plateau before a probe.  Less costs throughput where each refusal is a pause of a second; with 12,
-three times the capacity is found after 30 s only."""
+HOLD = 7.5
+"""Seconds on the plateau before a probe.  Less costs throughput where each refusal is a pause of a second; with more,
+three times the capacity is not always found within 30 s."""
 
 CURVE = 0.004
 """CUBIC's C, in shares of the plateau: from SHRINK to the plateau in 3.4 s, and from there to three times it in 8 s."""
@@ -85,6 +86,7 @@ class Feedback:
         "_answers",
         "_base",
         "_failed",
+        "_failed_at",
         "_fair_at",
         "_growing_for",
         "_hold",
@@ -121,7 +123,8 @@ class Feedback:
         self._shrunk_at = -math.inf
         self._failed = math.inf  # the window that was too large
         self._refused = 0  # calls of the burst that said so
-        self._is_answered = True  # whether one started since the last decrease was
+        self._failed_at = -math.inf
+        self._is_answered = True  # whether a call that started since then was
         self._last_at = math.inf
         self._answers = 0
         self._mean = 0.0  # of the latency
@@ -138,7 +141,7 @@ class Feedback:
         for name in self.__slots__:
             setattr(other, name, getattr(self, name))
         other._recent = list(self._recent)
-        for name in ("_shrunk_at", "_last_at", "_fair_at", "_ready_at"):
+        for name in ("_shrunk_at", "_failed_at", "_last_at", "_fair_at", "_ready_at"):
             setattr(other, name, getattr(self, name) - now + to)
         return other
 
@@ -171,9 +174,10 @@ class Feedback:
         # More time than this is some in which nothing was asked.
         since_last = min(max(0.0, now - self._last_at), max(latency, self._mean / self._window))
         self._last_at = now
+        if started_at >= self._failed_at:
+            self._is_answered = True
         if started_at < self._shrunk_at:
             return False
-        self._is_answered = True
         if now >= self._fair_at:
             self._recent.append(latency)
             if len(self._recent) % GLANCE == 0 and self._has_risen(now):
@@ -213,13 +217,13 @@ class Feedback:
     def _shrink(self, share: float, now: float) -> bool:
         failed = self._window
         was_probing = not self._starting and self._growing_for > self._rise + self._hold
-        self._plateau = max(self._plateau, failed * PROBED) if was_probing else failed * PLATEAU
+        self._plateau = max(self._plateau, failed * SHRINK) if was_probing else failed * PLATEAU
         self._hold = 0.0 if self._starting else HOLD
         self._starting = False
         self._shrunk_at = now
         self._growing_for = 0.0
         if self._is_answered:
-            self._failed, self._refused = failed, 0
+            self._failed, self._failed_at, self._refused = failed, now, 0
         self._refused += 1
         self._is_answered = False
         self._recent = []

@@ -58,7 +58,8 @@ def stated_part(amount: Amount, unit: str) -> float:
 def check_units(amount: Amount, units: set[str]) -> None:
     """Refuse an amount that names a unit which nothing counts; every amount may count calls."""
     if isinstance(amount, Mapping) and not units.issuperset(amount.keys() - {"calls"}):
-        refuse("amount", dict(amount), f"a mapping from {' or '.join(sorted(units | {'calls'}))} to a number")
+        known, strange = (" or ".join(sorted(some)) for some in (units | {"calls"}, amount.keys() - units - {"calls"}))
+        refuse("amount", dict(amount), f"a mapping from {known} to a number: nothing here counts {strange}")
 
 
 class Lock(Protocol):
