@@ -251,9 +251,12 @@ class ThreadsWorld(World):
     ) -> tuple[Ran, float]:
         before = signal.signal(signal.SIGALRM, signal.default_int_handler)
         begin = self.now()
-        signal.setitimer(signal.ITIMER_REAL, after)
         try:
+            # Again, much later: one that comes where Python calls back for a weak reference is lost.
+            signal.setitimer(signal.ITIMER_REAL, after, 5.0)
             ran = self.run(script, inputs, policy)
+        except KeyboardInterrupt as error:
+            raise AssertionError("it was interrupted before there was a run") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, before)

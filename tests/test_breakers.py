@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from contract_support import WORLDS, Ran, World
+from shared import PATIENCE
 
 import qengine
 from qengine import (
@@ -283,7 +284,7 @@ def test_a_loop_that_ends_without_a_word_takes_its_probe_with_it(caplog: pytest.
     gc.collect()
 
     async def again() -> RunReport[Any, Any]:
-        return await asyncio.wait_for(scheduler.run(range(3)), 5.0)
+        return await asyncio.wait_for(scheduler.run(range(3)), PATIENCE)
 
     assert asyncio.run(again()).success_count == 3
 
@@ -503,7 +504,7 @@ def test_two_runs_at_once_share_one_probe() -> None:
                 running.append(payload)
                 most.append(len(running))
         if is_first:
-            opened.wait(5.0)
+            opened.wait(PATIENCE)
             raise DOWN
         threading.Event().wait(0.02 if len(most) < 4 else 0.0)
         with lock:
@@ -521,7 +522,7 @@ def test_two_runs_at_once_share_one_probe() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10.0)
+        thread.join(PATIENCE)
     assert sum(report.success_count for report in reports) == 37
     assert max(most[:4]) == 1       # one probe at a time, whoever makes it
 

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-from shared import in_threads
+from shared import PATIENCE, in_threads
 
 from qengine import BreakerOpenError, BudgetExceededError, ExecutionPolicy, Task, TaskScheduler, TaskTimeoutError
 
@@ -29,7 +29,7 @@ def test_one_task_object_may_be_called_from_many_threads() -> None:
     gate = threading.Barrier(4)
 
     def wait(payload: int) -> int:
-        gate.wait(10)
+        gate.wait(PATIENCE)
         return payload
 
     assert answers_of(TaskScheduler(wait, ExecutionPolicy(concurrency=4)), [Task(7)] * 4) == [7] * 4
@@ -39,7 +39,7 @@ def test_a_key_does_not_make_a_call_a_duplicate() -> None:
     gate = threading.Barrier(2)
 
     def wait(payload: int) -> int:
-        gate.wait(10)
+        gate.wait(PATIENCE)
         return payload
 
     scheduler = TaskScheduler(wait, ExecutionPolicy(concurrency=2), key=lambda payload: "same")
@@ -58,7 +58,7 @@ def test_the_exit_of_one_call_is_its_callers_alone() -> None:
     gate = threading.Barrier(2)
 
     def leave(payload: int) -> int:
-        gate.wait(10)
+        gate.wait(PATIENCE)
         if payload == 0:
             raise SystemExit("enough")
         return payload

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from contract_support import WORLDS
 from freezegun import freeze_time
+from shared import PATIENCE, undisturbed_as_a_whole, until
 
 from qengine import (
     AsyncConcurrentExecutor,
@@ -29,6 +30,7 @@ from qengine import (
     RateLimit,
     RetryPolicy,
     StopConditions,
+    Task,
     TaskScheduler,
     TransientError,
     current_attempt,
@@ -254,7 +256,7 @@ def test_a_signal_handler_ends_a_wait() -> None:
     before = signal.signal(signal.SIGALRM, lambda *_: CancellationToken.cancel(token, "signal"))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
-        assert CancellationToken(token).wait(10.0) and token.reason == "signal"
+        assert CancellationToken(token).wait(PATIENCE) and token.reason == "signal"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
@@ -407,7 +409,7 @@ def test_closing_a_stream_and_cancelling_one_is_seen_by_what_runs() -> None:
     def task(payload: int) -> None:
         if payload:
             cancel = current_attempt().cancel
-            cancel.wait(10.0)
+            cancel.wait(PATIENCE)
             seen.append(cancel.reason)
             ended.set()
 
@@ -418,7 +420,7 @@ def test_closing_a_stream_and_cancelling_one_is_seen_by_what_runs() -> None:
     ended.clear()
     with ConcurrentExecutor(task, ExecutionPolicy(concurrency=2)).stream([0, 1]) as stream:
         next(stream)
-    assert ended.wait(10.0) and seen == ["no more", "closed"]
+    assert ended.wait(PATIENCE) and seen == ["no more", "closed"]
 
 
 def test_who_looks_only_after_the_attempt_was_given_up_sees_it() -> None:
@@ -426,14 +428,14 @@ def test_who_looks_only_after_the_attempt_was_given_up_sees_it() -> None:
 
     def task(payload: int) -> None:
         attempt = current_attempt()
-        ended.wait(10.0)
+        ended.wait(PATIENCE)
         seen.append(attempt.cancel.reason)
         looked.set()
 
     report = ConcurrentExecutor(task, ExecutionPolicy(timeout=0.02)).run([0])
     ended.set()
     assert report.results[0].status.value == "timeout"
-    assert looked.wait(10.0) and seen == ["timeout"]
+    assert looked.wait(PATIENCE) and seen == ["timeout"]
 
 
 def test_the_token_of_an_attempt_that_came_to_its_end_is_not_cancelled_by_the_next() -> None:
@@ -442,9 +444,9 @@ def test_the_token_of_an_attempt_that_came_to_its_end_is_not_cancelled_by_the_ne
     def task(payload: int) -> None:
         views.append(current_attempt())
         if payload:
-            current_attempt().cancel.wait(10.0)
+            current_attempt().cancel.wait(PATIENCE)
 
-    ConcurrentExecutor(task, ExecutionPolicy(concurrency=1, timeout=0.02)).run([0, 1])
+    ConcurrentExecutor(task, ExecutionPolicy(concurrency=1)).run([0, Task(1, timeout=0.02)])
     assert [view.cancel.reason for view in views] == [None, "timeout"]
 
 
@@ -453,11 +455,11 @@ def test_a_run_from_another_thread_is_cancelled_from_here() -> None:
 
     def task(payload: int) -> bool:
         begun.set()
-        return current_attempt().cancel.wait(10.0)
+        return current_attempt().cancel.wait(PATIENCE)
 
     thread = threading.Thread(target=lambda: reports.append(ConcurrentExecutor(task).run([0], token)))
     thread.start()
-    assert begun.wait(10.0)
+    assert begun.wait(PATIENCE)
     token.cancel("from the main thread")
     thread.join()
     assert reports[0].values() == [True] and reports[0].stop_reason == "from the main thread"
@@ -474,7 +476,7 @@ def test_a_callback_of_an_attempt_may_use_the_run_and_harms_it_not(caplog: pytes
 
     def task(payload: int) -> None:
         current_attempt().cancel.subscribe(called_back)
-        current_attempt().cancel.wait(10.0)
+        current_attempt().cancel.wait(PATIENCE)
 
     with caplog.at_level(logging.ERROR):
         report = ConcurrentExecutor(task, ExecutionPolicy(timeout=0.02)).run([0])
@@ -487,7 +489,7 @@ def test_a_callback_of_an_attempt_may_use_the_run_and_harms_it_not(caplog: pytes
 
 def wait_for_cancel(payload: Any) -> Any:
     attempt = current_attempt()
-    attempt.cancel.wait(10.0)
+    attempt.cancel.wait(PATIENCE)
     return attempt.cancel.reason
 
 
@@ -502,6 +504,7 @@ def nested_three_deep(reasons: list[Any]) -> Callable[[int], Any]:
     return task
 
 
+@undisturbed_as_a_whole
 def test_a_run_within_a_run_within_a_run_is_cancelled_with_the_outermost() -> None:
     reasons: list[Any] = []
     token = CancellationToken(timeout=0.1)
@@ -509,6 +512,7 @@ def test_a_run_within_a_run_within_a_run_is_cancelled_with_the_outermost() -> No
     assert report.results[0].value == "deadline" and reasons == ["deadline", "deadline"]
 
 
+@undisturbed_as_a_whole
 def test_what_is_nested_in_an_attempt_that_is_given_up_ends_with_its_reason() -> None:
     """Also in a thread that was left behind."""
     done, reports = threading.Event(), list[Any]()
@@ -520,18 +524,19 @@ def test_what_is_nested_in_an_attempt_that_is_given_up_ends_with_its_reason() ->
 
     report = ConcurrentExecutor(outer, ExecutionPolicy(timeout=0.1)).run([0])
     assert report.results[0].status.value == "timeout"
-    assert done.wait(10.0) and reports[0].stop_reason == "timeout"
+    assert done.wait(PATIENCE) and reports[0].stop_reason == "timeout"
     (remaining, reason), = reports[0].values()
     assert 0 < remaining <= 0.1 and reason == "timeout"
 
 
+@undisturbed_as_a_whole
 def test_a_call_within_an_attempt_is_withdrawn_with_it() -> None:
     done, answered, errors = threading.Event(), threading.Event(), list[str]()
     seen: list[Any] = []
 
     def ask(payload: int) -> None:
         seen.append((current_attempt().remaining() <= 0.1, wait_for_cancel(payload)))
-        answered.wait(10.0)  # an answer in the instant of the deadline would be in time
+        answered.wait(PATIENCE)  # an answer in the instant of the deadline would be in time
 
     inner: Any = TaskScheduler(ask, ExecutionPolicy())
 
@@ -543,14 +548,15 @@ def test_a_call_within_an_attempt_is_withdrawn_with_it() -> None:
         done.set()
 
     ConcurrentExecutor(outer, ExecutionPolicy(timeout=0.1)).run([0])
-    assert done.wait(10.0) and errors == ["the task was cancelled: timeout"]
+    assert done.wait(PATIENCE) and errors == ["the task was cancelled: timeout"]
     answered.set()
+    until(lambda: seen)
     assert seen == [(True, "timeout")]
 
 
 def test_a_stream_that_is_left_to_others_outlives_the_attempt_that_began_it() -> None:
     executor: Any = ConcurrentExecutor(abs, ExecutionPolicy(lookahead=1, concurrency=1))
-    outer: Any = ConcurrentExecutor(lambda n: executor.stream(range(n)), ExecutionPolicy(timeout=0.2))
+    outer: Any = ConcurrentExecutor(lambda n: executor.stream(range(n)), ExecutionPolicy(timeout=PATIENCE))
     with outer.run([50]).values()[0] as stream:
         assert [result.value for result in stream] == list(range(50))
 
@@ -570,23 +576,27 @@ def test_a_nested_run_leaves_no_link_behind() -> None:
 def test_a_thread_of_the_users_own_is_linked_to_nothing() -> None:
     reports: list[Any] = []
 
+    token = CancellationToken()
+
     def outer(payload: int) -> None:
+        token.cancel("beforehand")
         thread = threading.Thread(target=lambda: reports.append(ConcurrentExecutor(absolute).run([1])))
-        current_attempt().cancel.wait(10.0)
+        current_attempt().cancel.wait(PATIENCE)
         thread.start()
         thread.join()
 
-    ConcurrentExecutor(outer).run([0], CancellationToken(timeout=0.02))
+    ConcurrentExecutor(outer).run([0], token)
     assert reports[0].all_succeeded
 
 
 @pytest.mark.parametrize("inner", ["asyncio", "in thread"])
+@undisturbed_as_a_whole
 def test_nested_under_asyncio(quietly: Any, inner: str) -> None:
     reports: list[Any] = []
 
     async def wait(payload: int) -> Any:
         remaining = current_attempt().remaining()
-        await asyncio.sleep(10.0)
+        await asyncio.sleep(PATIENCE)
         return remaining
 
     async def outer(payload: int) -> None:
@@ -605,17 +615,18 @@ def test_nested_under_asyncio(quietly: Any, inner: str) -> None:
     fn = outer if inner == "asyncio" else in_thread(outer_in_thread)
     report = quietly(AsyncConcurrentExecutor(fn, ExecutionPolicy(timeout=0.1)).run([0]))
     assert report.results[0].status.value == "timeout"
-    assert inner == "asyncio" or done.wait(10.0)
+    assert inner == "asyncio" or done.wait(PATIENCE)
     assert reports[0].stop_reason == "timeout"
 
 
+@undisturbed_as_a_whole
 def test_a_call_nested_under_asyncio_is_withdrawn_with_the_reason(quietly: Any) -> None:
     reasons: list[Any] = []
 
     async def wait(payload: int) -> None:
         cancel = current_attempt().cancel
         try:
-            await asyncio.sleep(10.0)
+            await asyncio.sleep(PATIENCE)
         finally:
             reasons.append(cancel.reason)
 

@@ -15,12 +15,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
-from time import monotonic
 from typing import Any
 
 import pytest
 from freezegun import freeze_time
-from shared import in_threads
+from shared import PATIENCE, in_threads, until
 
 from qengine import BreakerOpenError, BreakerPolicy, RateLimitError
 from qengine.breaker import BreakerAttempt, BreakerState, CircuitBreaker
@@ -517,15 +516,15 @@ def test_one_of_64_threads_is_the_probe_and_the_others_are_refused(clock: Clock)
     def call() -> None:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
-        all_asked.wait(10)
+        all_asked.wait(PATIENCE)
         inside[0] -= 1
 
     def hammer(number: int) -> None:
         for turn in range(rounds):
-            if barrier.wait(10) == 0:
+            if barrier.wait(PATIENCE) == 0:
                 breaker.trip()
                 clock.now += 600.0
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
             try:
                 if turn % 2:
                     guarded()
@@ -535,7 +534,7 @@ def test_one_of_64_threads_is_the_probe_and_the_others_are_refused(clock: Clock)
                 passed.append(number)
             except BreakerOpenError:
                 refused.append(number)
-                all_asked.wait(10)
+                all_asked.wait(PATIENCE)
 
     in_threads(count, hammer)
     assert (len(passed), len(refused), most[0]) == (rounds, rounds * (count - 1), 1)
@@ -798,7 +797,7 @@ def is_locked(breaker: CircuitBreaker) -> bool:
     free: list[bool] = []
 
     def try_it(_: int) -> None:
-        free.append(breaker._lock.acquire(timeout=1.0))
+        free.append(breaker._lock.acquire(timeout=PATIENCE))
         if free[0]:
             breaker._lock.release()
 
@@ -843,20 +842,23 @@ def test_interrupted_at_any_point_it_still_serves(way: str, stress_count: Callab
         breaker.retry_after()
         raise Interrupt
 
+    def use_until_interrupted() -> None:
+        """In a frame of its own: what a handler raises at the head of a loop, Python 3.13 takes past a `try`."""
+        nonlocal came
+        came = False
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-4), 0.01)
+        while not came:
+            with suppress(BreakerOpenError):
+                use()
+
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for turn in range(stress_count(400)):
+        for _ in range(stress_count(400)):
             try:
-                came = False
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-4), 0.01)
-                while not came:
-                    with suppress(BreakerOpenError):
-                        use()
+                use_until_interrupted()
             except Interrupt:
                 pass
-            until = monotonic() + 1.0
-            while not lets_through(breaker):
-                assert monotonic() < until, f"locked out after {turn} interrupts"
+            until(functools.partial(lets_through, breaker))
             assert not is_locked(breaker), "no lock is left held"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,7 +6,7 @@ import random
 import sys
 from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,7 @@ from contract_support import (
     check_run,
     most_in_any_window,
 )
+from shared import timely, undisturbed, undisturbed_as_a_whole
 
 from qengine import (
     BreakerPolicy,
@@ -72,6 +73,20 @@ def not_under(*worlds: str, why: str) -> Callable[[Callable[..., None]], Callabl
     return leave_out
 
 
+def by_instants(scenario: Callable[..., None]) -> Callable[..., None]:
+    """For a scenario that says what happens before what: in real time a machine that is held up may turn that round.
+
+    There it is tried again. In virtual time, where the same scenario has no such excuse, it is not.
+    """
+    patient = undisturbed_as_a_whole(scenario)
+
+    @wraps(scenario)
+    def play(world: World, **options: Any) -> None:
+        (scenario if world.is_exact else patient)(world=world, **options)
+
+    return play
+
+
 no_stream = not_under("simulation", why="a simulation has no stream: it hands out a report at the end")
 no_token = not_under("simulation", why="a simulation takes no token")
 no_call = not_under("simulation", why="a simulation calls no task: there is nothing to look around from within it")
@@ -96,18 +111,19 @@ def short(seconds: float) -> Any:
 # ---- 1: one result for every input -----------------------------------------------------------------------------------
 
 
+@by_instants
 def test_every_way_to_end_has_its_status(world: World) -> None:
-    inputs = ["fine", TaskError("no"), TransientError("later"), ValueError("bug"), TimeoutError("os"), HANG]
+    inputs = ["fine", TaskError("no"), TransientError("later"), ValueError("bug"), TimeoutError("os")]
 
     def script(payload: Any) -> Any:
         if payload == HANG:
             yield HANG
         return by_kind(payload)
 
-    ran = world.run(script, inputs, ExecutionPolicy(timeout=0.05))
+    ran = world.run(script, [*inputs, Task(HANG, timeout=0.05)])
     assert ran.statuses == ["succeeded", "failed", "failed", "error", "error", "timeout"]
     assert [result.error for result in ran.report.results[1:5]] == inputs[1:5]
-    check_run(ran, ExecutionPolicy(timeout=0.05), 6)
+    check_run(ran, ExecutionPolicy(), 6)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1000])
@@ -181,6 +197,7 @@ def test_lanes_whose_keys_look_alike_are_counted_apart(world: World) -> None:
 
 
 @no_stream
+@by_instants
 def test_a_stream_gives_completion_order_unless_ordered(world: World) -> None:
     inputs = [0.3, 0.0, 0.0]
     assert world.stream(short, inputs).handed_out[-1].value == 0.3
@@ -191,6 +208,7 @@ def test_a_stream_gives_completion_order_unless_ordered(world: World) -> None:
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 1), (200, 5), (50, 20)])
+@undisturbed
 def test_no_window_holds_more_admissions_than_the_rate_allows_and_the_rate_is_used(
     world: World, rate: float, burst: float
 ) -> None:
@@ -198,9 +216,11 @@ def test_no_window_holds_more_admissions_than_the_rate_allows_and_the_rate_is_us
     ran = world.run(echo, range(60), policy)
     check_run(ran, policy, 60)
     least = (60 - burst) / rate
-    assert ran.report.makespan <= (least if world.is_exact else 1.25 * least) + world.late
+    with timely():
+        assert ran.report.makespan <= (least if world.is_exact else 1.25 * least) + world.late
 
 
+@undisturbed
 def test_a_window_holds_from_outcome_to_start(world: World) -> None:
     policy = ExecutionPolicy(limits=[Window(limit=3, seconds=0.2)])
     ran = world.run(short, [0.02] * 10, policy)
@@ -208,7 +228,8 @@ def test_a_window_holds_from_outcome_to_start(world: World) -> None:
     assert most_in_any_window(starts, 0.2) <= 3
     for number, at in enumerate(starts[3:]):
         assert at >= answers[number] + 0.2 - 1e-6       # on the server's clock too: counted from the outcome
-        assert at == pytest.approx(answers[number] + 0.2, abs=world.late)
+        with timely():
+            assert at == pytest.approx(answers[number] + 0.2, abs=world.late)
 
 
 def test_retries_are_admitted_like_any_attempt(world: World) -> None:
@@ -221,6 +242,7 @@ def test_retries_are_admitted_like_any_attempt(world: World) -> None:
 # ---- 3, 4: nothing that waits holds a worker; no lane delays another ----------------------------------------------
 
 
+@by_instants
 def test_a_backoff_holds_no_worker(world: World) -> None:
     policy = ExecutionPolicy(concurrency=1, retry=RetryPolicy(max_attempts=2, backoff=0.4, jitter="none"))
     ran = world.run(by_kind, [TransientError("x"), *range(20)], policy)
@@ -231,6 +253,7 @@ def test_a_backoff_holds_no_worker(world: World) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["rate", "slow", "throttled", "broken"])
+@by_instants
 def test_a_lane_in_trouble_delays_no_other(world: World, trouble: str) -> None:
     def script(payload: tuple[str, int]) -> Any:
         lane, number = payload
@@ -251,6 +274,7 @@ def test_a_lane_in_trouble_delays_no_other(world: World, trouble: str) -> None:
     assert answers[-1] - ran.events[0].at <= world.late
 
 
+@by_instants
 def test_a_lane_without_lookahead_uses_all_its_concurrency(world: World) -> None:
     def script(payload: int) -> Any:
         yield 0.5 if payload == 0 else 0.0
@@ -263,11 +287,13 @@ def test_a_lane_without_lookahead_uses_all_its_concurrency(world: World) -> None
 # ---- 5, 6: all or nothing, budgets -------------------------------------------------------------------------------
 
 
+@undisturbed
 def test_a_refused_attempt_has_taken_nothing_of_the_other_limit(world: World) -> None:
     policy = ExecutionPolicy(limits=[RateLimit(per_second=1000, burst=10), RateLimit(per_second=20)])
     ran = world.run(echo, range(6), policy)
     check_run(ran, policy, 6)
-    assert ran.report.makespan == pytest.approx(5 / 20, abs=world.late)
+    with timely():
+        assert ran.report.makespan == pytest.approx(5 / 20, abs=world.late)
 
 
 def test_64_workers_and_a_budget_of_10_make_10_calls(world: World) -> None:
@@ -285,6 +311,7 @@ def test_a_retry_that_finds_no_budget_keeps_its_failure(world: World) -> None:
     assert ran.report.results[0].attempts == 1
 
 
+@by_instants
 def test_a_throttled_attempt_uses_no_attempt_but_a_call(world: World) -> None:
     seen: list[int] = []
 
@@ -313,6 +340,7 @@ def test_a_source_that_asks_for_too_long_fails_the_task(world: World) -> None:
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
+@by_instants
 def test_a_batch_starts_so_long_after_all_results_of_the_one_before(world: World) -> None:
     policy = ExecutionPolicy(batch_size=3, batch_backoff=0.1)
     ran = world.run(short, [0.0, 0.05, 0.01] * 3, policy)
@@ -336,6 +364,7 @@ def test_it_stops_at_the_tenth_failure(world: World) -> None:
     assert ran.report.stop_reason == "max_failures"
 
 
+@by_instants
 def test_what_runs_at_a_stop_is_drained_and_counts(world: World) -> None:
     policy = ExecutionPolicy(concurrency=4, stop=StopConditions(max_results=1))
     ran = world.run(short, [0.05, 0.15, 0.15, 0.15, 0.15], policy)
@@ -345,6 +374,7 @@ def test_what_runs_at_a_stop_is_drained_and_counts(world: World) -> None:
 
 @pytest.mark.abandons("calls that hang are given up")
 @pytest.mark.parametrize("stop", [{"in_flight": "abandon"}, {"drain_seconds": 0.05}], ids=["abandon", "drain_seconds"])
+@by_instants
 def test_a_stop_waits_for_what_runs_no_longer_than_it_may(world: World, stop: dict[str, Any]) -> None:
     def script(payload: int) -> Any:
         yield HANG if payload else 0.02
@@ -369,6 +399,7 @@ def test_the_share_of_failures_stops_once_there_are_enough_outcomes(world: World
 @pytest.mark.abandons("inputs that hang are given up")
 @pytest.mark.parametrize("pause", [10.0, HANG], ids=["slow", "hangs"])
 @not_under("simulation", why="inputs take no time in a simulation")
+@by_instants
 def test_a_run_ends_at_its_timeout_even_where_its_inputs_block(world: World, pause: float) -> None:
     def inputs() -> Iterator[Any]:
         yield 1
@@ -418,6 +449,7 @@ def test_one_failure_cancels_no_other_task(world: World) -> None:
 @pytest.mark.abandons("calls that hang are given up")
 @pytest.mark.parametrize("seconds", [10.0, HANG], ids=["slow", "hangs"])
 @not_under("stepped threads", "simulation", why="the caller itself keeps the time: it does not wait while time passes")
+@by_instants
 def test_an_interrupted_caller_gets_its_exception_in_time_with_the_partial_report(world: World, seconds: float) -> None:
     def script(payload: int) -> Any:
         yield 0.0 if payload < 3 else seconds
@@ -436,6 +468,7 @@ def test_an_interrupted_caller_gets_its_exception_in_time_with_the_partial_repor
 
 
 @pytest.mark.abandons("calls that hang are given up")
+@by_instants
 def test_a_hung_call_times_out_in_time_and_its_slot_is_free_again(world: World) -> None:
     def script(payload: int) -> Any:
         if payload == 0:
@@ -443,7 +476,8 @@ def test_a_hung_call_times_out_in_time_and_its_slot_is_free_again(world: World) 
         return payload
 
     begin = world.now()
-    ran = world.run(script, range(20), ExecutionPolicy(concurrency=1, timeout=0.2, max_abandoned=2))
+    inputs = [Task(0, timeout=0.2), *range(1, 20)]
+    ran = world.run(script, inputs, ExecutionPolicy(concurrency=1, max_abandoned=2))
     assert world.now() - begin <= 0.2 + world.late
     assert ran.statuses == ["timeout"] + ["succeeded"] * 19
     assert ran.report.results[0].duration == pytest.approx(0.2, abs=world.late)
@@ -451,6 +485,7 @@ def test_a_hung_call_times_out_in_time_and_its_slot_is_free_again(world: World) 
 
 
 @no_call
+@by_instants
 def test_an_attempt_that_is_given_up_is_told_so_and_its_late_answer_is_dropped(world: World) -> None:
     told: list[str | None] = []
 
@@ -478,6 +513,7 @@ def test_an_attempt_that_is_given_up_is_told_so_and_its_late_answer_is_dropped(w
 
 @pytest.mark.parametrize("stop", [{}, {"max_results": 1, "in_flight": "abandon"}], ids=["timeout", "stop"])
 @not_under("threads", "in thread", why="a thread cannot be made to end, nor told where it sleeps")
+@by_instants
 def test_a_call_that_listens_ends_when_it_is_given_up(world: World, stop: dict[str, Any]) -> None:
     ended: list[int] = []
 
@@ -498,12 +534,14 @@ def test_a_call_that_listens_ends_when_it_is_given_up(world: World, stop: dict[s
 
 
 @not_under("simulation", why="a simulated call ends when it is given up: there is no late answer")
+@by_instants
 def test_a_late_answer_is_an_event_and_not_a_result(world: World) -> None:
     def script(payload: float) -> Any:
         yield Deaf(payload)
         return payload
 
-    ran = world.run(script, [0.15] + [0.04] * 8, ExecutionPolicy(concurrency=1, timeout=0.08, max_abandoned=2))
+    inputs = [Task(0.15, timeout=0.08), *[0.04] * 8]
+    ran = world.run(script, inputs, ExecutionPolicy(concurrency=1, max_abandoned=2))
     assert [event.index for event in ran.of("late")] == [0]
     assert ran.statuses == ["timeout"] + ["succeeded"] * 8
     assert ran.report.abandoned == 0
@@ -511,6 +549,7 @@ def test_a_late_answer_is_an_event_and_not_a_result(world: World) -> None:
 
 @pytest.mark.abandons("calls that hang are given up")
 @not_under("simulation", why="a simulated call ends when it is given up: none hangs")
+@by_instants
 def test_too_many_hung_calls_open_the_breaker(world: World) -> None:
     def script(payload: int) -> Any:
         yield HANG
@@ -524,6 +563,7 @@ def test_too_many_hung_calls_open_the_breaker(world: World) -> None:
     assert len(ran.of("breaker_opened")) == 1
 
 
+@by_instants
 def test_a_timed_out_attempt_is_tried_again_where_the_policy_says_so(world: World) -> None:
     seen: list[int] = []
 
@@ -540,6 +580,7 @@ def test_a_timed_out_attempt_is_tried_again_where_the_policy_says_so(world: Worl
 
 
 @no_call
+@by_instants
 def test_a_task_can_learn_of_its_attempt(world: World) -> None:
     def script(payload: str) -> Any:
         attempt = current_attempt()
@@ -557,6 +598,7 @@ def test_a_task_can_learn_of_its_attempt(world: World) -> None:
     assert learnt[3:] == (pytest.approx(5.0, abs=world.late), pytest.approx(0.1, abs=world.late))
 
 
+@by_instants
 def test_the_whole_task_ends_within_its_own_timeout(world: World) -> None:
     retry = RetryPolicy(max_attempts=100, backoff=0.05, multiplier=1.0, jitter="none", timeout=0.2)
     ran = world.run(by_kind, [TransientError("x")], ExecutionPolicy(retry=retry))
@@ -634,6 +676,7 @@ def test_an_ordered_stream_waits_for_its_head_and_takes_no_more_meanwhile(world:
 
 @pytest.mark.abandons("a call that hangs is given up")
 @no_stream
+@by_instants
 def test_a_timeout_comes_in_time_while_the_consumer_sleeps(world: World) -> None:
     def script(payload: int) -> Any:
         if payload == 1:
@@ -818,6 +861,7 @@ def test_a_predicate_that_raises_ends_that_task_with_its_error(world: World) -> 
     assert isinstance(ran.report.results[0].error, AttributeError)
 
 
+@by_instants
 def test_a_predicate_may_say_how_long_to_wait(world: World) -> None:
     retry = RetryPolicy(max_attempts=2, retry_on=lambda error: 0.15)
     ran = world.run(by_kind, [TransientError("x")], ExecutionPolicy(retry=retry))
@@ -845,6 +889,7 @@ afresh = not_under("simulation", why="a simulation leaves the state of its execu
 
 
 @afresh
+@undisturbed
 def test_rate_state_holds_across_runs_and_a_budget_is_per_run(world: World) -> None:
     admitted: list[float] = []
     policy = ExecutionPolicy(limits=[RateLimit(per_second=100, burst=3)], budget=8)
@@ -853,7 +898,8 @@ def test_rate_state_holds_across_runs_and_a_budget_is_per_run(world: World) -> N
         world.run_with(scheduler, range(10))
     assert len(admitted) == 3 * 8
     assert not breaches(admitted, 100, 3)
-    assert admitted[-1] - admitted[0] == pytest.approx((24 - 3) / 100, abs=world.late)
+    with timely():
+        assert admitted[-1] - admitted[0] == pytest.approx((24 - 3) / 100, abs=world.late)
 
 
 @not_under(*IN_VIRTUAL_TIME, why="one run at a time: a virtual clock refuses a second one")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from contract_support import HANG, WORLDS, World
 from limiter_support import in_child
+from shared import PATIENCE
 
 from qengine import (
     AsyncTaskScheduler,
@@ -26,6 +27,7 @@ from qengine import (
     RateLimitError,
     RetryPolicy,
     StopConditions,
+    Task,
     TaskError,
     TaskScheduler,
     TransientError,
@@ -279,7 +281,7 @@ def test_a_slow_listener_holds_up_one_worker_and_what_it_was_about_to_do_and_not
     def listener(event: Event) -> None:
         if not blocked.is_set():
             blocked.set()
-            waited.append(done.wait(10))
+            waited.append(done.wait(PATIENCE))
 
     def task(payload: int) -> None:
         ended.append(payload)
@@ -375,13 +377,12 @@ def everything(world: World, on_event: Callable[[Event], object] = ignore) -> An
     """A run in which everything happens that is told, but for late answers."""
     policy = ExecutionPolicy(
         concurrency=1,
-        timeout=0.05,
         retry=AGAIN,
         breaker=BreakerPolicy(failures=3, reset_after=0.01),
         stop=StopConditions(max_failures=3),
     )
-    secret = "sesame"
-    inputs = [secret, TaskError(secret), RateLimitError(secret, retry_after=0.01), TransientError(secret), HANG, secret]
+    secret, hang = "sesame", Task(HANG, timeout=0.05)
+    inputs = [secret, TaskError(secret), RateLimitError(secret, retry_after=0.01), TransientError(secret), hang, secret]
     seen: set[int] = set()
 
     def script(payload: Any) -> Any:

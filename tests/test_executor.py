@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from shared import assert_refused_at_the_door, in_threads
+from shared import PATIENCE, assert_refused_at_the_door, in_threads
 
 from qengine import (
     BreakerOpenError,
@@ -204,7 +204,7 @@ def test_a_call_sees_the_context_of_its_own_caller() -> None:
     both = threading.Barrier(2)
 
     def task(payload: str) -> str:
-        both.wait(5)
+        both.wait(PATIENCE)
         return name.get()
 
     executor = ConcurrentExecutor(task)
@@ -365,8 +365,8 @@ def test_a_lower_priority_number_goes_first_among_those_taken() -> None:
 def test_a_tasks_own_timeout_comes_before_the_policys() -> None:
     free = threading.Event()
     report = ConcurrentExecutor(
-        lambda payload: free.wait(payload), ExecutionPolicy(timeout=30.0)
-    ).run([Task(5.0, timeout=0.05), Task(0.0)])
+        lambda payload: free.wait(payload), ExecutionPolicy(timeout=PATIENCE)
+    ).run([Task(PATIENCE, timeout=0.05), Task(0.0)])
     free.set()
     assert [result.status for result in report.results] == [TaskStatus.TIMEOUT, TaskStatus.SUCCEEDED]
 

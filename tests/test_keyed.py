@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 from limiter_support import Recorder, in_child, over_rate
+from shared import PATIENCE, timely, undisturbed
 
 from qengine import RateLimit, RateLimiter, Window
 from qengine.aio_keyed import AsyncKeyedRateLimiter
@@ -385,6 +386,7 @@ def test_a_task_that_is_cancelled_has_taken_nothing() -> None:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("number_of_keys", [3, 500])
+@undisturbed
 def test_threads_are_granted_no_more_while_keys_are_forgotten(
     number_of_keys: int, stress_count: Callable[[int], int]
 ) -> None:
@@ -418,7 +420,8 @@ def test_threads_are_granted_no_more_while_keys_are_forgotten(
             thread.join()
     finally:
         sys.setswitchinterval(switch)
-    assert sum(map(len, admissions.values())) > 50
+    with timely():      # in its 0.4 s
+        assert sum(map(len, admissions.values())) > 50
     assert max(lengths) <= number_of_keys + 8
     for key, admitted in admissions.items():
         assert over_rate(admitted, limit.rate, limit.burst) is None, key
@@ -553,15 +556,19 @@ def test_what_a_signal_handler_raises_leaves_nothing_half_taken(
             limiter.pause_for(key, 0.0)
             return False
 
+        def use_until_struck(use: Callable[[str], bool]) -> None:
+            """In a frame of its own: what a handler raises at the head of a loop, Python 3.13 takes past a `try`."""
+            armed[0] = True
+            while armed[0]:     # what is raised in a weak reference's callback is lost
+                if use("a"):
+                    counts[1] += 1
+
         uses = (limiter.try_acquire, limiter.try_acquire, limiter.acquire, pause, reserve_and_cancel)
         while counts[0] < rounds:
             use = rng.choice(uses)
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-4), 1e-3)
             try:
-                armed[0] = True
-                while armed[0]:     # what is raised in a weak reference's callback is lost
-                    if use("a"):
-                        counts[1] += 1
+                use_until_struck(use)
             except Struck:
                 pass
             if counts[0] % 7 == 0:
@@ -742,7 +749,7 @@ def test_in_a_forked_child_all_is_as_new() -> None:
     limiter.pause_for("b", 1000.0)
     limiter._keys.lock.acquire()
     try:
-        said = in_child(lambda: (len(limiter), limiter.try_acquire("a", 2), limiter.try_acquire("b")), 10.0)
+        said = in_child(lambda: (len(limiter), limiter.try_acquire("a", 2), limiter.try_acquire("b")), PATIENCE)
         assert said == (0, True, True)
     finally:
         limiter._keys.lock.release()

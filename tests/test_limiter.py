@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from contract_support import breaches, most_in_any_window
 from freezegun import freeze_time
-from shared import in_threads
+from shared import PATIENCE, in_threads, timely, undisturbed
 
 from qengine import ExecutionPolicy, RateLimit, RateLimiter, TaskScheduler, Window
 
@@ -279,12 +279,13 @@ def test_waiters_are_served_in_the_order_they_came() -> None:
             clock.now = float(number)
             moved.notify_all()
         assert not limiter.try_acquire()        # never before one who waits, not even when a token is due
-        assert served.get(timeout=5) == number
+        assert served.get(timeout=PATIENCE) == number
     for thread in threads:
         thread.join()
 
 
 @pytest.mark.stress
+@undisturbed
 def test_threads_that_wait_get_the_whole_rate_and_no_window_gets_more(stress_count: Callable[[int], int]) -> None:
     count = stress_count(120)
     rate, burst = 400.0, 3
@@ -300,7 +301,8 @@ def test_threads_that_wait_get_the_whole_rate_and_no_window_gets_more(stress_cou
     in_threads(4, take)
     took = monotonic() - begin
     assert took >= (len(admitted) - burst) / rate
-    assert took < 1.5 * len(admitted) / rate + 0.2
+    with timely():
+        assert took < 1.5 * len(admitted) / rate + 0.2
     assert not breaches(admitted, rate, burst)
 
 
@@ -337,8 +339,9 @@ def test_an_engine_and_threads_share_a_live_limiter() -> None:
     assert not breaches(admitted, 200, 2)
 
 
+@undisturbed
 def test_a_limiter_whose_window_an_engine_holds_waits_for_an_outcome() -> None:
-    limiter = RateLimiter(Window(limit=1, seconds=0.05))
+    limiter = RateLimiter(Window(limit=1, seconds=0.2))
     started, free = threading.Event(), threading.Event()
 
     def task(payload: int) -> None:
@@ -354,23 +357,29 @@ def test_a_limiter_whose_window_an_engine_holds_waits_for_an_outcome() -> None:
     free.set()
     waiter.join()
     run.join()
-    assert not limiter.try_acquire()
+    with timely():
+        assert not limiter.try_acquire()
 
 
+@undisturbed
 def test_an_interrupted_wait_leaves_no_lock_held() -> None:
-    limiter = RateLimiter(RateLimit(per_second=0.1))
+    limiter = RateLimiter(RateLimit(per_hour=1))
     assert limiter.try_acquire()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def acquire_and_be_interrupted() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        limiter.acquire()
+
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         begin = monotonic()
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            limiter.acquire()
-        assert monotonic() - begin < 0.3
+            acquire_and_be_interrupted()
+        with timely():
+            assert monotonic() - begin < 0.3
     finally:
         signal.signal(signal.SIGALRM, before)
     assert not limiter.try_acquire(), "it left the line, and took nothing"
@@ -396,7 +405,7 @@ def test_interrupted_at_any_point_a_limiter_still_serves(stress_count: Callable[
                     limiter.acquire()
             except KeyboardInterrupt:
                 interrupts += 1
-            assert limiter.acquire(timeout=0.5), f"after {interrupts} interrupts"
+            assert limiter.acquire(timeout=PATIENCE), f"after {interrupts} interrupts"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -416,11 +425,13 @@ def test_a_limiter_made_under_frozen_time_obeys_it() -> None:
         assert limiter.available_tokens == 2
 
 
+@undisturbed
 def test_a_run_goes_on_under_frozen_time_and_its_timestamps_are_frozen() -> None:
     with freeze_time("2026-05-21"):
         report = TaskScheduler(abs, ExecutionPolicy(limits=[RateLimit(per_second=50)])).run(range(5))
     assert report.success_count == 5
-    assert 4 / 50 - 0.021 <= report.makespan < 0.5
+    with timely():
+        assert 4 / 50 - 0.021 <= report.makespan < 0.5
     assert report.started_at == 1779321600.0
 
 

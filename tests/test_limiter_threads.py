@@ -26,7 +26,7 @@ from time import monotonic, process_time
 import pytest
 from contract_support import breaches, most_in_any_window
 from limiter_support import Child, Recorder, breach, in_child, over_rate, over_window, take_for
-from shared import in_threads
+from shared import PATIENCE, in_threads, timely, undisturbed
 
 from qengine import RateLimit, RateLimiter, Window
 from qengine.aio_limiter import AsyncRateLimiter
@@ -184,6 +184,7 @@ def test_a_thread_that_was_held_up_since_it_read_the_clock_mints_nothing(limits:
 @pytest.mark.stress
 @pytest.mark.not_under_coverage("a line is served by turns where those in it keep up with the rate")
 @pytest.mark.parametrize("threads", [4, 100])
+@undisturbed
 def test_threads_that_wait_get_equal_shares_of_the_whole_rate(
     threads: int, stress_count: Callable[[int], int]
 ) -> None:
@@ -211,9 +212,10 @@ def test_threads_that_wait_get_equal_shares_of_the_whole_rate(
     shares = [served[all_there : min(left)].count(number) for number in range(threads)]
     print(f"{threads} threads: {len(instants) / took:.1f}/s, shares {min(shares)} to {max(shares)}, {cpu:.3f} s CPU")
     assert over_rate(recorder.admissions, rate, 1) is None
-    assert len(instants) > 0.7 * rate * seconds
-    assert max(shares) - min(shares) <= 2 + 0.05 * max(shares)
-    assert cpu < 0.5 * took + 0.2, "waiting takes no time of the processor's"
+    with timely():
+        assert len(instants) > 0.7 * rate * seconds
+        assert max(shares) - min(shares) <= 2 + 0.05 * max(shares)
+        assert cpu < 0.5 * took + 0.2, "waiting takes no time of the processor's"
 
 
 # ---- forks, copies ---------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_a_child_of_a_process_that_waits_in_line_starts_afresh(limits: tuple[Lim
         return [*fresh, placed.delay > 0, placed.cancel(), reserved.cancel(), reserved.wait()]
 
     try:
-        assert in_child(look, 10) == [0.0, True, False, True, True, False, False]
+        assert in_child(look, PATIENCE) == [0.0, True, False, True, True, False, False]
         assert not limiter.try_acquire()
     finally:
         assert reserved.cancel()

@@ -95,7 +95,7 @@ def test_it_lists_what_no_test_notices_and_what_is_explained_in_vain(tmp_path: P
         (tmp_path / path).write_text(text, encoding="utf-8")
     shutil.copy(TOOL, tmp_path / ".ci")
     done = subprocess.run(
-        [sys.executable, tmp_path / ".ci" / "mutate.py", "thing"], capture_output=True, text=True, timeout=60,
+        [sys.executable, tmp_path / ".ci" / "mutate.py", "thing"], capture_output=True, text=True, timeout=200,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from shared import assert_refused_at_the_door
+from shared import PATIENCE, assert_refused_at_the_door
 
 from qengine import (
     CancellationToken,
@@ -89,7 +89,7 @@ def test_no_source_waits_for_another() -> None:
     quick_is_done, order = threading.Event(), []
 
     def slow(query: Query[str]) -> list[str]:
-        quick_is_done.wait(10)
+        quick_is_done.wait(PATIENCE)
         order.append(f"slow {query.payload}")
         return ["found"]
 

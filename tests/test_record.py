@@ -34,7 +34,7 @@ from qengine.policy import Limit
 
 TOKENS = RateLimit(per_second=10, burst=100, unit="tokens")
 SLOW = RateLimit(per_second=0.01, burst=100, unit="tokens")     # hours, for who is not told of what is given back
-SOON = StopConditions(timeout=5.0)
+SOON = StopConditions(timeout=20.0)
 RETRY = RetryPolicy(max_attempts=3, backoff=0.0)
 CALLED = [name for name in IN_VIRTUAL_TIME if name != "simulation"]     # on an exact clock, with tasks that are called
 

@@ -13,10 +13,11 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic, process_time
+from time import monotonic, process_time, thread_time
 from typing import Any
 
 import pytest
+from shared import PATIENCE, alone_in_loop, freed_in_the_end, loop_until, timely, undisturbed, undisturbed_as_a_whole
 
 import qengine
 from qengine import (
@@ -28,6 +29,7 @@ from qengine import (
     ExecutionPolicy,
     RateLimit,
     StopConditions,
+    Task,
     TaskError,
 )
 from qengine.drivers import asyncio as driver
@@ -99,25 +101,26 @@ def test_whatever_may_run_at_once_does(quietly: Quietly, lanes: int) -> None:
 
         policy = ExecutionPolicy(concurrency=60 // lanes)
         scheduler = AsyncTaskScheduler(meet, policy, lane_by=lambda payload: payload % lanes)
-        return (await asyncio.wait_for(scheduler.run(iter(range(60))), 10.0)).all_succeeded
+        return (await asyncio.wait_for(scheduler.run(iter(range(60))), PATIENCE)).all_succeeded
 
     assert quietly(main())
 
 
+@undisturbed
 def test_calls_that_never_wait_give_the_loop_a_turn_every_few_milliseconds(quietly: Quietly) -> None:
     async def busy(payload: int) -> None:
-        until = monotonic() + 0.0002
-        while monotonic() < until:
+        until = thread_time() + 0.0002
+        while thread_time() < until:
             pass
 
     async def main() -> list[float]:
         gaps: list[float] = []
 
         async def ticker() -> None:
-            last = monotonic()
+            last = thread_time()        # of what others have the processor for, the engine knows nothing
             while True:
                 await asyncio.sleep(0)
-                now = monotonic()
+                now = thread_time()
                 gaps.append(now - last)
                 last = now
 
@@ -129,9 +132,11 @@ def test_calls_that_never_wait_give_the_loop_a_turn_every_few_milliseconds(quiet
 
     gaps = quietly(main())
     assert len(gaps) > 10
-    assert sorted(gaps)[len(gaps) * 9 // 10] < 4 * driver.SLICE     # all workers together, not each of them
+    with timely():
+        assert sorted(gaps)[len(gaps) * 9 // 10] < 4 * driver.SLICE     # all workers together, not each of them
 
 
+@undisturbed
 def test_a_run_of_calls_that_never_wait_can_be_stopped(quietly: Quietly) -> None:
     token = CancellationToken()
 
@@ -141,9 +146,11 @@ def test_a_run_of_calls_that_never_wait_can_be_stopped(quietly: Quietly) -> None
 
     begin = monotonic()
     assert quietly(main()).stop_reason == "enough"
-    assert monotonic() - begin < 0.02 + TIMELY
+    with timely():
+        assert monotonic() - begin < 0.02 + TIMELY
 
 
+@undisturbed
 def test_nothing_is_polled_while_a_run_waits(quietly: Quietly) -> None:
     async def main() -> float:
         free = asyncio.Event()
@@ -153,7 +160,8 @@ def test_nothing_is_polled_while_a_run_waits(quietly: Quietly) -> None:
         assert (await executor.run(range(8))).all_succeeded
         return process_time() - before
 
-    assert quietly(main()) < 0.1
+    with timely():
+        assert quietly(main()) < 0.1
 
 
 def waits_for(free: asyncio.Event) -> Callable[[int], Any]:
@@ -193,7 +201,7 @@ def test_strangers_who_cancel_the_tasks_of_a_run_cost_no_more_than_those_calls(
             others = sorted(asyncio.all_tasks() - {me, running}, key=lambda task: task.get_name())
             for other in others[: rng.randint(1, 4)]:
                 other.cancel()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             report = await running
         assert [result.task.payload for result in report.results] == list(range(len(report.results)))
         assert {result.status.value for result in report.results} <= {"succeeded", "cancelled"}
@@ -250,19 +258,18 @@ def test_word_that_comes_after_the_loop_was_closed_disturbs_nobody() -> None:
 # ---- calls that hang -------------------------------------------------------------------------------------------------
 
 
-async def stubborn(payload: Any) -> str:
-    """Hangs for 0.3 s, whatever it is told."""
-    until = monotonic() + 0.3
-    while (left := until - monotonic()) > 0:
-        try:
-            await asyncio.sleep(left)
-        except asyncio.CancelledError:
-            continue
-    return "late"
+def stubborn(free: asyncio.Event) -> Callable[[Any], Any]:
+    """A task that hangs until then, whatever it is told; but for payloads from 3 to 9."""
 
+    async def task(payload: int) -> str:
+        while not (free.is_set() or 3 <= payload < 10):
+            try:
+                await free.wait()
+            except asyncio.CancelledError:
+                continue
+        return "late"
 
-async def stubborn_or_not(payload: int) -> Any:
-    return await stubborn(payload) if payload < 3 else payload
+    return task
 
 
 def test_as_many_calls_as_may_are_given_up_and_then_the_lane_is_shut(quietly: Quietly) -> None:
@@ -270,10 +277,10 @@ def test_as_many_calls_as_may_are_given_up_and_then_the_lane_is_shut(quietly: Qu
 
     async def main() -> Any:
         policy = ExecutionPolicy(concurrency=3, timeout=0.02, max_abandoned=3)
-        begin = monotonic()
-        report = await AsyncTaskScheduler(stubborn, policy, on_event=events.append).run(range(20))
-        assert monotonic() - begin < 0.28
-        await asyncio.sleep(0.35)
+        free = freed_in_the_end()
+        report = await AsyncTaskScheduler(stubborn(free), policy, on_event=events.append).run(range(10, 30))
+        free.set()
+        await alone_in_loop()
         return report
 
     report = quietly(main())
@@ -282,6 +289,7 @@ def test_as_many_calls_as_may_are_given_up_and_then_the_lane_is_shut(quietly: Qu
     assert [event.kind for event in events].count("late") == 3
 
 
+@undisturbed_as_a_whole
 def test_calls_that_end_when_they_are_told_to_shut_nothing(quietly: Quietly) -> None:
     policy = ExecutionPolicy(concurrency=4, timeout=0.005, max_abandoned=4)
     report = quietly(AsyncConcurrentExecutor(hang, policy).run(range(40)))
@@ -290,13 +298,15 @@ def test_calls_that_end_when_they_are_told_to_shut_nothing(quietly: Quietly) -> 
 
 def test_a_task_that_hangs_is_held_until_it_ends(quietly: Quietly) -> None:
     async def main() -> int:
-        policy = ExecutionPolicy(concurrency=3, timeout=0.02, max_abandoned=9)
-        report = await AsyncConcurrentExecutor(stubborn_or_not, policy).run(range(6))
+        policy = ExecutionPolicy(concurrency=3, max_abandoned=9)
+        free = freed_in_the_end()
+        inputs = [Task(number, timeout=0.02 if number < 3 else PATIENCE) for number in range(6)]
+        report = await AsyncConcurrentExecutor(stubborn(free), policy).run(inputs)
         assert report.abandoned == 3
         held = len(driver._left_behind)
         gc.collect()
-        await asyncio.sleep(0.4)
-        assert not driver._left_behind
+        free.set()
+        await loop_until(lambda: not driver._left_behind)
         return held
 
     assert quietly(main()) == 3
@@ -308,10 +318,12 @@ def test_a_breaker_counts_calls_that_hang_and_opens(quietly: Quietly) -> None:
     assert [result.status.value for result in report.results] == ["timeout"] * 2 + ["skipped"] * 4
 
 
+@undisturbed
 def test_a_timeout_comes_within_50_ms(quietly: Quietly) -> None:
     report = quietly(AsyncConcurrentExecutor(hang, ExecutionPolicy(timeout=0.05, concurrency=20)).run(range(20)))
-    assert all(0.05 <= result.duration < 0.05 + TIMELY for result in report.results)
-    assert sorted(result.duration for result in report.results)[10] < 0.1
+    with timely():
+        assert all(0.05 <= result.duration < 0.05 + TIMELY for result in report.results)
+        assert sorted(result.duration for result in report.results)[10] < 0.1
 
 
 # ---- memory, in the long run -------------------------------------------------------------------------------------
@@ -402,7 +414,7 @@ def process(code: str) -> subprocess.CompletedProcess[str]:
     )
     return subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", begin + code],
-        capture_output=True, text=True, timeout=20, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -414,6 +426,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
+@undisturbed_as_a_whole     # it comes where it should only if there is a run by then
 def test_ctrl_c_ends_a_process_at_once(use: str) -> None:
     ended = process(
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
@@ -422,9 +435,12 @@ def test_ctrl_c_ends_a_process_at_once(use: str) -> None:
         "try:\n    asyncio.run(main())\n"
         "except KeyboardInterrupt:\n"
         "    report = executor.last_report\n"
-        "    print('interrupted', time.monotonic() - begun < 0.2 + 0.4, report and report.cancelled_count)"
+        "    print('interrupted', report and report.cancelled_count, time.monotonic() - begun)"
     )
-    assert (ended.stdout, ended.stderr) == (f"interrupted True {None if use == 'call' else 9}\n", "")
+    assert ended.stderr == ""
+    *words, seconds = ended.stdout.split()
+    assert words == ["interrupted", "None" if use == "call" else "9"]
+    assert float(seconds) < 0.2 + 0.4
 
 
 def test_a_system_exit_in_a_task_is_the_exit_of_the_process() -> None:

@@ -85,7 +85,7 @@ def collected(case: Case, folder: Path) -> Collected:
         began = monotonic()
         done = run_cli(
             *urls, "--states", "bihar,delhi,goa", "--speed", SPEED, "--out", folder / "out.jsonl",
-            "--report", folder / "run.json", case.world, *case.more, timeout=30,
+            "--report", folder / "run.json", case.world, *case.more, timeout=120,
         )
         seconds = monotonic() - began
     assert (folder / "run.json").exists(), done.stderr
@@ -115,7 +115,8 @@ def test_a_source_that_never_answers_costs_the_others_nothing(case: Case, runs: 
     assert {call["error"] for call in done.report["failed_calls"]} == {f"{source} gave no whole answer in time"}
     asked = done.report["sources"][source]
     assert asked["failures"] + sum(asked["skipped"].values()) > 0
-    assert done.seconds < 15
+    at_once = [runs[other].result().seconds for other, _ in LOST]       # where nothing is waited for, on this machine
+    assert done.seconds - min(at_once) < 15
 
 
 @pytest.mark.parametrize(("case", "error"), MENDED, ids=str)

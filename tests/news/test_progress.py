@@ -95,7 +95,7 @@ def test_results_are_told_to_a_terminal_alone_and_once_a_second(
 
 def test_how_far_it_is_is_told_by_the_clock_though_nothing_happens(said: list[str]) -> None:
     with progress(said, status_seconds=0.01):
-        until = monotonic() + 10
+        until = monotonic() + 60
         while len(said) < 3:
             assert monotonic() < until
             sleep(0.005)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from news.support import WORLDS, begun, ended, lines_of, pairs, run_cli
+from shared import timely, undisturbed, undisturbed_as_a_whole
 
 pytestmark = pytest.mark.not_under_coverage("it runs in processes of its own, which are not measured")
 
@@ -74,7 +76,7 @@ class Begun:
 
     def wait_until_quiet(self) -> None:
         """Wait until it does so little that the next one may begin."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while self._seconds_since_a_request() < QUIET:
             assert time.monotonic() < until, "the run does not become quiet"
             assert self.process.poll() in (None, 0), ended(self.process, timeout=1).stderr
@@ -113,13 +115,22 @@ def foretell(day: Path, folder: Path, *more: object) -> dict[str, Any]:
     return dict(json.loads(report.read_text(encoding="utf-8")))
 
 
+def processor_seconds_of_children() -> float:
+    """What processes that have been waited for took."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("way", WORLDS)
 @pytest.mark.usefixtures("all_begun")       # which wait meanwhile
+@undisturbed_as_a_whole     # a busy machine is late with a call, and takes longer for the way there and back
 def test_a_forecast_comes_true(way: str, news_data: Path, tmp_path: Path) -> None:
     """At a speed at which the way to a loopback server and back is about as long as that to the real ones."""
     day, speed, report = sorted(news_data.glob("????-??-??.jsonl"))[-1], 50, tmp_path / "run.json"
     chosen = ("--replay", day, "--sources", "google,gnews")
-    done = run_cli(*chosen, "--speed", speed, way, "--out", tmp_path / "out.jsonl", "--report", report, "--quiet")
+    out = tmp_path / "out.jsonl"
+    out.unlink(missing_ok=True)
+    done = run_cli(*chosen, "--speed", speed, way, "--out", out, "--report", report, "--quiet")
     assert done.returncode == 0, done.stderr
     real = json.loads(report.read_text(encoding="utf-8"))["sources"]
     latency = sum(source["busy_seconds"] for source in real.values()) / sum(source["calls"] for source in real.values())
@@ -132,16 +143,14 @@ def test_a_forecast_comes_true(way: str, news_data: Path, tmp_path: Path) -> Non
             assert real[name]["last_at"] * speed == pytest.approx(source["last_at"], rel=0.1)
 
 
+@undisturbed
 def test_the_forecast_is_what_the_limits_allow_and_takes_no_time(news_data: Path, tmp_path: Path) -> None:
     for day in sorted(news_data.glob("????-??-??.jsonl")):
-        took = []
-        for _ in range(3):      # a busy machine only adds
-            began = time.monotonic()
-            sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
-            took.append(time.monotonic() - began)
-            if took[-1] < 2.0:
-                break
-        assert min(took) < 2.0
+        began, used = time.monotonic(), processor_seconds_of_children()
+        sources = foretell(day, tmp_path, "--latency", "0.4:1.2")["sources"]
+        with timely():      # a busy machine adds to what it takes on the clock, but waits for no window of 900 s
+            assert processor_seconds_of_children() - used < 2.0
+            assert time.monotonic() - began < 20.0
         calls = {name: source["calls"] for name, source in sources.items()}
         assert calls["google"] <= 500
         assert sources["google"]["last_at"] <= 1.05 * calls["google"] / 1.5
@@ -172,7 +181,7 @@ def run(
     if (request.param, world) not in all_begun:
         pytest.skip(f"only {len(all_begun) // len(WORLDS)} recorded days are there")
     day = all_begun[request.param, world]
-    done = ended(day.process, timeout=60)
+    done = ended(day.process, timeout=120)
     assert done.returncode == 0, done.stderr
     folder, regions = day.folder, news_data / "regions.json"
     districts = {region["name"]: set(region["districts"]) for region in json.loads(regions.read_text("utf-8"))}
@@ -238,8 +247,9 @@ def test_the_forecast_knew_what_would_be_asked_and_found(run: Run) -> None:
 
 
 def test_the_forecast_knew_how_long_it_would_take(run: Run) -> None:
-    # Of newsdata alone, whose windows take seconds even at this speed: to the others, a slow start is a tenth.
-    # Where the machine is busy a start takes a second more; half a window is still less than one too many.
-    real = run.report["sources"]["newsdata"]["last_at"] * SPEED
+    # Of newsdata alone, whose windows take seconds even at this speed, and from its first call on, without the start
+    # of the process. Where the machine is busy, half a window is still less than one too many.
+    calls = [line["time"] for line in run.of("newsdata")]
+    real = (calls[-1] - calls[0]) * SPEED
     foretold = run.foretold["sources"]["newsdata"]["last_at"]
     assert 0.9 * foretold <= real <= 1.1 * foretold + 450
