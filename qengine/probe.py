@@ -1,7 +1,8 @@
 """A probe of the user's: it says whether admission is to be held.
 
-Rules: it is asked by a worker of a run, under no lock, and at most once in `PROBED_EVERY` seconds by all runs of an
-executor together; who comes sooner gets the answer that there is.  One that raises holds nothing, and is logged once.
+Rules: it is asked by a worker of a run, under no lock, one question at a time and at most once in `PROBED_EVERY`
+seconds by all runs of an executor together; who comes sooner gets the answer that there is.  A question that takes
+longer than `PROBE_AWAITED` is given up, and another may be put.  One that raises holds nothing, and is logged once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from threading import Lock
 from typing import Any
 
 from .core.lane import Feed, FeedKind
-from .core.run import PROBED_EVERY
+from .core.run import PROBE_AWAITED, PROBED_EVERY
 from .drivers.calls import check_value, is_async, refuse_async
 from .drivers.clock import Clock
 from .errors import refuse_type, require_callable
+from .forks import restart_after_fork
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,13 @@ class Probe:
         self._asked_at = -math.inf
         self._answer = True  # until it has said something
         self._has_failed = False
+        self.start_afresh()
+        restart_after_fork(self)
+
+    def start_afresh(self) -> None:
+        """Take a new lock, with nobody asking."""
+        self._lock = Lock()
+        self._is_asked = False
 
     def feed(self) -> Feed:
         """Return what asks it in one run, as often as it is pulled."""
@@ -64,8 +74,10 @@ class Probe:
                 answer = self._hold_while()
                 check_value(answer)
                 self._answer = bool(answer)
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
+            finally:
+                self._is_asked = False
         return self._answer
 
     async def ask_later(self) -> bool:
@@ -74,19 +86,26 @@ class Probe:
             try:
                 answer: Any = self._hold_while()
                 self._answer = bool(await answer if hasattr(type(answer), "__await__") else answer)
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
+            finally:
+                self._is_asked = False
         return self._answer
 
     def _is_due(self) -> bool:
         now = self._clock.now()
-        if now < self._asked_at + PROBED_EVERY - _ROUNDING:
-            return False
-        self._asked_at = now  # first: another run may ask in the same instant
-        return True
+        with self._lock:
+            if now < self._asked_at + (PROBE_AWAITED if self._is_asked else PROBED_EVERY) - _ROUNDING:
+                return False
+            self._asked_at = now
+            self._is_asked = True
+            return True
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
+        """Hold nothing for a probe that raised; raise again what is not for the log."""
         self._answer = False
+        if not isinstance(error, Exception):
+            raise error
         if not self._has_failed:
             self._has_failed = True
             _log.error("hold_while raised; it holds nothing, and this is reported no more", exc_info=error)

@@ -1149,9 +1149,10 @@ class Run:
         return Standing.NOW
 
     def _offer(self, route: Route) -> None:
-        """Have all lanes that can do a task look at it where it waits."""
+        """Have the lanes that can do a task, and have none of their own, look at it where it waits."""
         for lane in route.ranks:
-            self._activate(lane)
+            if not (lane.fifo or lane.heap):
+                self._activate(lane)
 
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
         """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
