@@ -8,6 +8,7 @@ and what is allowed.  What user code raises passes through unchanged.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -80,6 +81,10 @@ class Single:
         )
 
 
+_LARGEST = sys.float_info.max
+"""An int may be greater: no arithmetic with it and a float is possible."""
+
+
 def refuse(name: str, value: object, allowed: str) -> NoReturn:
     """Raise the ValueError of an argument whose value is out of range."""
     raise ValueError(f"{name} is {value!r}, allowed is {allowed}")
@@ -103,7 +108,7 @@ def require_positive(name: str, value: object, *, finite: bool = True) -> float:
     """Refuse what is not a number above 0."""
     allowed = "a finite number > 0" if finite else "a number > 0"
     number = require_number(name, value, allowed)
-    if number <= 0 or (finite and number == math.inf):
+    if number <= 0 or (number > _LARGEST and (finite or number != math.inf)):
         refuse(name, value, allowed)
     return number
 
@@ -112,7 +117,7 @@ def require_at_least(name: str, value: object, least: float) -> float:
     """Refuse what is not a finite number of `least` or more."""
     allowed = f"a finite number >= {least:g}"
     number = require_number(name, value, allowed)
-    if number < least or number == math.inf:
+    if number < least or number > _LARGEST:
         refuse(name, value, allowed)
     return number
 

@@ -272,14 +272,17 @@ class Quantiles(Protocol):
 
 
 class _Timed:
-    """What knows how long its calls took.  Not a field: it is no plain value, and makes no copy and no text of one."""
+    """What knows how long its calls took.
+
+    Not a field: it is no plain value.
+    """
 
     __slots__ = ("_times",)
     _times: Quantiles | None
 
     @property
     def times(self) -> Quantiles | None:
-        """How long the calls took; None if nobody has said so, or it was lost on the way through pickle."""
+        """How long the calls took; None if nobody has said so."""
         return getattr(self, "_times", None)
 
     @times.setter

@@ -108,7 +108,7 @@ def check_limits(name: str, limits: object) -> tuple[Limit, ...]:
     if isinstance(limits, (RateLimit, Window, LiveLimit)) or not isinstance(limits, Sequence):
         refuse_type(name, limits, "a sequence of RateLimit, Window or RateLimiter")
     for limit in limits:
-        if not isinstance(limit, (RateLimit, Window, LiveLimit)):
+        if isinstance(limit, type) or not isinstance(limit, (RateLimit, Window, LiveLimit)):
             refuse_type(f"an item of {name}", limit, "a RateLimit, Window or RateLimiter")
     return tuple(limits)
 
@@ -168,7 +168,7 @@ def check_quota(name: str, quota: object) -> tuple[LiveQuota, ...]:
     if isinstance(quotas, str) or not isinstance(quotas, Sequence):
         refuse_type(name, quota, allowed)
     for one in quotas:
-        if not isinstance(one, LiveQuota):
+        if isinstance(one, type) or not isinstance(one, LiveQuota):
             refuse_type(f"an item of {name}" if quotas is quota else name, one, allowed)
     if len(set(map(id, quotas))) < len(quotas):
         refuse(name, quota, allowed)

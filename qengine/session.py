@@ -268,11 +268,18 @@ class _Times:
                 times.merge(part)
         return times
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._all,)  # without the records
+
     def quantile(self, q: float) -> float | None:
         return self._all.quantile(q)
 
     def merge(self, other: _Times) -> None:
         self._all.merge(other._all)
+
+
+def _itself(times: Latencies) -> Latencies:
+    return times
 
 
 def with_times(reports: Iterable[SourceReport], records: Iterable[Record]) -> dict[str, SourceReport]:

@@ -1288,7 +1288,9 @@ class Run:
     def _give_up(self, attempt: Attempt, now: float) -> None:
         """End a task whose time is over while it waits for another attempt: the failure it had stands."""
         trail = attempt.trail
-        if trail is not None and trail.error is not None and attempt.lane.take_out(attempt):
+        if trail is None or now < trail.give_up_at:  # it is with another source by now
+            return
+        if trail.error is not None and attempt.lane.take_out(attempt):
             self._return_budget(attempt)
             self._fail(attempt, trail.error, now)
 
