@@ -660,7 +660,8 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
             first what has a budget or quota: the free tier, then what is included, then what is paid for.  Equal ones
             share the tasks.  A task goes on to the next source when one has failed for good, after its own retries, has
             an open breaker or nothing left to use; it does not while it merely has to wait for limits, or for
-            what calls in flight at that source have reserved and may give back.
+            what calls in flight at that source have reserved and may give back.  Priorities hold among the tasks that
+            wait at one source.
         lane_by: Gives the lane of a payload, by any hashable key: each has limits, concurrency, a budget and a breaker
             of its own, and worker threads for its concurrency, where its calls take time.  Of more than 1,000 lanes
             those are forgotten that are as if they were new; `by_source["(others)"]` is what they did.  Not more than

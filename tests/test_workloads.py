@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from workloads import (
     Job,
     Seen,
     Share,
+    TooLate,
     Verdicts,
     Workload,
     as_code,
@@ -45,6 +46,7 @@ from qengine import (
     RetryPolicy,
     RunReport,
     Source,
+    SourceReport,
     StopConditions,
     Task,
     Window,
@@ -91,8 +93,8 @@ DRAWN = 250     # of so many seeds, each field of every policy in at least two
 
 NOT_DRAWN = {
     "Task.routes": "refused: a scheduler has one function",
+    "Task.prefer": "as routes",
     "Task.metadata": "handed through",
-    "ExecutionPolicy.quota": "test_quota_engine.py, and here those of sources",
     "Workload.seed": "names it",
     "Job.name": "names it",
     "Source.name": "names it",
@@ -109,7 +111,7 @@ NOT_DRAWN = {
 ELSEWHERE = {
     Task: {"payload": "Job.name", "key": "Job.key", "priority": "Job.priority", "amount": "Job.amount",
            "timeout": "Job.timeout"},
-    Source: {"quota": "Workload.quotas", "cost": "Workload.costs", "accepts": "Job.unsupported"},
+    Source: {"quota": "Source.quota", "cost": "Workload.costs", "accepts": "Job.unsupported"},
     Quota: {"limit": "Share.limit", "unit": "Share.unit"},
 }
 
@@ -120,7 +122,10 @@ def drawn() -> dict[str, int]:
     counts: dict[str, int] = {}
     for seed in range(DRAWN):
         found: set[str] = set()
-        note_fields(make_workload(seed), found)
+        workload = make_workload(seed)
+        note_fields(workload, found)
+        if workload.quotas:
+            found.add("Source.quota" if workload.is_tree else "ExecutionPolicy.quota")
         for name in found:
             counts[name] = counts.get(name, 0) + 1
     return counts
@@ -148,8 +153,8 @@ def test_every_field_is_drawn(policy: type[Any], drawn: dict[str, int]) -> None:
     names = [entry.name for entry in fields(policy)] if is_dataclass(policy) else inspect.signature(policy).parameters
     places = {name: ELSEWHERE.get(policy, {}).get(name, f"{policy.__name__}.{name}") for name in names}
     if policy is Source:        # the rest is said by an ExecutionPolicy
-        places = {name: place.replace("Source.", "ExecutionPolicy.") for name, place in places.items()
-                  if place not in NOT_DRAWN}
+        places = {name: place if name in ELSEWHERE[Source] else place.replace("Source.", "ExecutionPolicy.")
+                  for name, place in places.items() if place not in NOT_DRAWN}
     missing = [place for place in places.values() if drawn.get(place, 0) < 2 and place not in NOT_DRAWN]
     assert missing == []
 
@@ -168,7 +173,7 @@ def log_of(ran: Seen) -> list[tuple[Any, ...]]:
 
 
 def _what(event: Event) -> tuple[Any, ...]:
-    return event.kind, event.source, event.index, event.number, event.detail
+    return event.kind, event.source, event.index, event.number, event.detail, event.usage
 
 
 def summary(report: RunReport[Any, Any]) -> Any:
@@ -177,7 +182,8 @@ def summary(report: RunReport[Any, Any]) -> Any:
         (r.task, r.status, r.value, repr(r.error), r.reason, r.attempts, r.usage, r.source, r.started_at, r.duration)
         for r in report.results
     ]
-    return results, report.by_source, report.stop_reason, report.intake_cut, report.abandoned, report.makespan
+    times = [(source.p50, source.p95, source.p99) for source in report.by_source.values()]
+    return results, report.by_source, times, report.stop_reason, report.intake_cut, report.abandoned, report.makespan
 
 
 # ---- limits are used -------------------------------------------------------------------------------------------------
@@ -280,7 +286,49 @@ def delayed(ran: Seen, since: float, by: float) -> Seen:
 def counted(ran: Seen, **fields: Any) -> Seen:
     """A lane that counted something else."""
     name = next(iter(ran.report.by_source))
-    return forge(ran, by_source={**ran.report.by_source, name: replace(ran.report.by_source[name], **fields)})
+    return forge(ran, by_source={**ran.report.by_source, name: of_same_times(ran.report.by_source[name], **fields)})
+
+
+def of_same_times(source: SourceReport, **fields: Any) -> SourceReport:
+    """It with other fields: how long its calls took is none of them."""
+    other = replace(source, **fields)
+    other.times = source.times
+    return other
+
+
+class Told:
+    """Quantiles that are all the same."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def quantile(self, q: float) -> float | None:
+        return self.seconds
+
+    def merge(self, other: Any) -> None:
+        raise AssertionError("nobody merges what is in a report")
+
+
+def timed(ran: Seen, seconds: float | None) -> Seen:
+    """A lane whose calls took otherwise."""
+    other = counted(ran)
+    next(iter(other.report.by_source.values())).times = Told(seconds)
+    return other
+
+
+def using(ran: Seen, kind: str, usage: Mapping[str, float] | None) -> Seen:
+    """The first event of that kind tells of another usage."""
+    at = place(ran, kind)
+    return forge(ran, [*ran.events[:at], replace(ran.events[at], usage=usage), *ran.events[at + 1 :]])
+
+
+def revoked(ran: Seen, kind: str, **fields: Any) -> Seen:
+    """The first attempt that ended in that way is told to have been revoked."""
+    event = ran.events[place(ran, kind)]
+    back = {unit: -used for unit, used in (event.usage or {}).items()}
+    return forge(ran, [*ran.events, replace(ran.events[-1], **{
+        "kind": "revoked", "index": event.index, "source": event.source, "number": event.number, "usage": back, **fields
+    })])
 
 
 def one_lane(*jobs: tuple[Call, ...], **policy: Any) -> Workload:
@@ -311,6 +359,29 @@ TWO_AND_ONE = (Job(0, "a", WORK), Job(1, "a", WORK), Job(2, "b"))
 FEW_TOKENS = RateLimit(per_second=10, burst=2, unit="tokens")
 RATE = [RateLimit(per_second=100)]
 TWO_IN_50_MS = [Window(2, 0.05)]
+GIVEN_UP = one_lane((Call(0.02, "failed"),), HANG, concurrency=2, stop=replace(ONCE, in_flight="abandon"))
+
+
+def tokens(count: float) -> Call:
+    """A call that records so many."""
+    return Call(recorded={"tokens": count})
+
+
+def waiting(second: Call) -> Workload:
+    """The second task waits for the tokens that the first is to use, and gets them if that is quick to use none."""
+    first = Call(0.02, recorded={"tokens": 0 if second.seconds == 0 else 3})
+    jobs = (
+        Job(0, "a", (first,), amount={"tokens": 3}), Job(1, "a", (OK,), amount={"tokens": 3}),
+        Job(2, "b", (Call(0.04),)),
+    )
+    return Workload(0, dict.fromkeys("ab", ExecutionPolicy(budget={"tokens": 4})), jobs)
+
+
+def priced(cost: Any, call: Call, **fields: Any) -> Workload:
+    """One query of a source with such prices."""
+    jobs = (Job("a?", "red", (call,), node="a"),)
+    return replace(garden("a", **fields), jobs=jobs, costs={"red": cost})
+
 
 # What is told, of which run, and by which words it is refused.
 FORGERIES: dict[str, tuple[Workload, Callable[[Seen], Seen], str]] = {
@@ -332,7 +403,7 @@ FORGERIES: dict[str, tuple[Workload, Callable[[Seen], Seen], str]] = {
     "a makespan too short": (one_lane(WORK), lambda ran: forge(ran, makespan=0.01), "makespan 0.01"),
     "busy for too short": (one_lane(WORK), lambda ran: counted(ran, busy_seconds=0.01), "busy 0.01"),
     "calls used more": (one_lane(WORK), lambda ran: counted(ran, usage={"calls": 2.0}), "usage"),
-    "a rest of the budget": (one_lane(GOOD, budget=3), lambda ran: counted(ran, remaining={"calls": 3}), "not 2"),
+    "a rest of the budget": (one_lane(GOOD, budget=3), lambda ran: counted(ran, remaining={"calls": 3}), "3} remain"),
     "a call that hangs": (one_lane(HANG, timeout=0.05), lambda ran: forge(ran, abandoned=1), "1 abandoned, not 0"),
     "no call that hangs": (one_lane(DEAF, timeout=0.05), lambda ran: forge(ran, abandoned=0), "0 abandoned, not 1"),
     "a call that was not told to end": (
@@ -352,7 +423,48 @@ FORGERIES: dict[str, tuple[Workload, Callable[[Seen], Seen], str]] = {
     ),
     "a rest of a quota": (
         replace(garden("a"), quotas=(Share(3, ("red",)),)), lambda ran: counted(ran, remaining={"calls": 3.0}),
-        "3.0 of the quota remain, not 2",
+        r"3.0\} remain, not .*2.0",
+    ),
+    "a rest of a budget of tokens": (
+        one_lane((Call(recorded={"tokens": 3}),), budget={"tokens": 5}),
+        lambda ran: counted(ran, remaining={"tokens": 3.0}), r"3.0\} remain, not .*2.0",
+    ),
+    "a rest of what was never bounded": (
+        one_lane(GOOD), lambda ran: counted(ran, remaining={"tokens": 3.0}), r"3.0\} remain, not \{\}"
+    ),
+    "quicker calls": (one_lane(WORK, WORK), lambda ran: timed(ran, 0.0197), "p50 0.0197, not 0.02"),
+    "slower calls": (one_lane(GOOD, WORK), lambda ran: timed(ran, 0.02), "p50 0.02, not 0.0"),
+    "calls of no duration": (one_lane(WORK), lambda ran: timed(ran, None), "p99 None, not 0.02"),
+    "durations of no calls": (one_lane(), lambda ran: timed(ran, 0.02), "p95 0.02, not None"),
+    "an answer of no usage": (one_lane(GOOD), lambda ran: using(ran, "answer", None), "tells of usage, or does not"),
+    "a start with its usage": (
+        one_lane(GOOD), lambda ran: using(ran, "start", {"calls": 1.0}), "tells of usage, or does not"
+    ),
+    "an answer of two calls": (
+        one_lane(GOOD), lambda ran: using(ran, "answer", {"calls": 2.0}), "is not of one call"
+    ),
+    "a timeout that used nothing": (
+        one_lane((Call(float("inf"), recorded={"tokens": 3}),), timeout=0.05),
+        lambda ran: using(ran, "timeout", {"calls": 1.0}), "0 call 1 used",
+    ),
+    "a revoked answer": (one_lane(GOOD), lambda ran: revoked(ran, "answer"), "of no attempt that was given up"),
+    "a revoked timeout": (
+        one_lane(HANG, timeout=0.05), lambda ran: revoked(ran, "timeout"), "of no attempt that was given up"
+    ),
+    "a call that counts, though it was revoked": (
+        GIVEN_UP, lambda ran: revoked(ran, "abandoned"), "2 calls of 2 starts, of which 1 revoked"
+    ),
+    "more is taken back than was used": (
+        GIVEN_UP, lambda ran: revoked(ran, "abandoned", usage={"calls": -2.0}), "takes back what was not used"
+    ),
+    "revoked twice": (
+        GIVEN_UP, lambda ran: revoked(revoked(ran, "abandoned"), "abandoned"), "of no attempt that was given up"
+    ),
+    "one waits for nothing": (
+        waiting(OK), lambda ran: late_start(ran, 1, 0.004), "nothing starts at 0.02"
+    ),
+    "one waits for what nobody can give back": (
+        waiting(SLOW), lambda ran: moved(ran, "result", 1, 0.03), "for what nobody can give back"
     ),
     "a SystemExit that is swallowed": (
         one_lane((Call(outcome="exit"),)), lambda ran: replace(ran, error=None), "SystemExit was swallowed"
@@ -492,8 +604,9 @@ def late_start(ran: Seen, index: int, by: float) -> Seen:
     """A task that begins and ends later."""
     events = [replace(event, at=event.at + by) if event.index == index else event for event in ran.events]
     name, source = next(iter(ran.report.by_source.items()))
-    source = replace(source, last_at=(source.last_at or 0.0) + by)
-    return forge(ran, events, makespan=ran.report.makespan + by, by_source={name: source})
+    source = of_same_times(source, last_at=(source.last_at or 0.0) + by)
+    by_source = {**ran.report.by_source, name: source}
+    return forge(ran, events, makespan=ran.report.makespan + by, by_source=by_source)
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -503,6 +616,20 @@ def test_the_oracle_refuses(name: str) -> None:
     check(workload, runs, True)
     with pytest.raises(Broken, match=words):
         check(workload, [*runs[:-1], forged(runs[-1])], True)
+
+
+def test_what_comes_late_is_run_again_and_what_is_wrong_besides_is_not() -> None:
+    workload = one_lane(HANG, timeout=0.05)
+    ran = run_simulated(workload)[0]
+    late = delayed(ran, 0.0, 0.6)
+    with pytest.raises(TooLate, match="after its timeout"):
+        check(workload, [late], False)
+    runs = iter([late, late, ran])
+    keeps_every_promise(Driver(lambda workload: [next(runs)], exact=False, seeds=1), workload)
+    assert next(runs, None) is None
+    with pytest.raises(Broken, match="after its timeout") as caught:
+        check(workload, [forge(late, abandoned=1)], False)
+    assert caught.type is Broken
 
 
 # Two workloads: what is right for the first breaks a promise of the second.
@@ -583,7 +710,7 @@ CONFUSIONS: dict[str, tuple[Workload, Workload, str]] = {
         one_lane(*[GOOD] * 3, limits=[RateLimit(per_second=10, unit="tokens")]), "more than Rate|usage",
     ),
     "a debt that is not paid off": (
-        one_lane(GOOD, GOOD, concurrency=1, limits=[FEW_TOKENS]),
+        one_lane(*[(Call(recorded={"tokens": 3}),)] * 2, concurrency=1, limits=[replace(FEW_TOKENS, per_second=999)]),
         one_lane(*[(Call(recorded={"tokens": 3}),)] * 2, concurrency=1, limits=[FEW_TOKENS]),
         "more than Rate",
     ),
@@ -594,6 +721,45 @@ CONFUSIONS: dict[str, tuple[Workload, Workload, str]] = {
     "a smaller quota": (
         replace(garden("a", "b", roots=("a", "b")), quotas=(Share(1, ("red",)),)),
         replace(garden("a", "b", roots=("a", "b")), quotas=(Share(2, ("red",)),)), "the budget is None",
+    ),
+    "a larger budget of tokens": (
+        one_lane((tokens(3),), (tokens(3),), concurrency=1, budget={"tokens": 5}),
+        one_lane((tokens(3),), (tokens(3),), concurrency=1, budget={"tokens": 3}), "3.0 of 3 tokens are taken",
+    ),
+    "a smaller budget of tokens": (
+        one_lane((tokens(3),), (tokens(3),), concurrency=1, budget={"tokens": 3}),
+        one_lane((tokens(3),), (tokens(3),), concurrency=1, budget={"tokens": 5}),
+        "the budget is None, and of the rest 3.0 of 5 tokens are taken",
+    ),
+    "a budget of money for all": (
+        replace(garden("a", "b", roots=("a", "b")), costs={"red": 2.0}),
+        replace(garden("a", "b", roots=("a", "b"), budget={"cost": 3.0}), costs={"red": 2.0}), "of 3.0 cost are taken",
+    ),
+    "a retry for which there is no money": (
+        one_lane((Call(outcome="transient", recorded={"cost": 2}), OK), retry=STEADY, budget={"cost": 3}),
+        one_lane((Call(outcome="transient", recorded={"cost": 2}), OK), retry=STEADY, budget={"cost": 2}),
+        "nothing left for it",
+    ),
+    "no retry, though there is money for it": (
+        one_lane((Call(outcome="transient", recorded={"cost": 2}), OK), retry=STEADY, budget={"cost": 2}),
+        one_lane((Call(outcome="transient", recorded={"cost": 2}), OK), retry=STEADY, budget={"cost": 3}),
+        "though it could be tried again",
+    ),
+    "a second quota": (
+        replace(one_lane((tokens(3),), (tokens(3),), concurrency=1), quotas=(Share(9, ("default",)),)),
+        replace(
+            one_lane((tokens(3),), (tokens(3),), concurrency=1),
+            quotas=(Share(9, ("default",)), Share(3, ("default",), "tokens")),
+        ),
+        "3.0 of 3 tokens are taken",
+    ),
+    "a lower price": (priced({"tokens": 0.25}, tokens(4)), priced({"tokens": 0.5}, tokens(4)), "a. call 1 used"),
+    "a price for each call": (
+        priced({"tokens": 0.25}, tokens(4)), priced({"calls": 0.5, "tokens": 0.25}, tokens(4)), "a. call 1 used"
+    ),
+    "a price though the cost was told": (
+        priced({"tokens": 0.25}, Call(recorded={"tokens": 4})),
+        priced({"tokens": 0.25}, Call(recorded={"tokens": 4, "cost": 7})), "a. call 1 used",
     ),
     "a gate for each run": (
         replace(one_lane(GOOD), again=1), replace(one_lane(GOOD, limits=[RateLimit(per_second=1)]), again=1),

@@ -9,10 +9,10 @@
 
 from .making import make_workload
 from .model import HANG, Call, Job, Share, Verdicts, Workload, as_code, as_simulated
-from .oracle import Broken, check, faults_of
+from .oracle import Broken, TooLate, check, faults_of
 from .running import DRIVERS, Driver, Seen, run_simulated
 
 __all__ = [
-    "DRIVERS", "HANG", "Broken", "Call", "Driver", "Job", "Seen", "Share", "Verdicts", "Workload", "as_code",
+    "DRIVERS", "HANG", "Broken", "Call", "Driver", "Job", "Seen", "Share", "TooLate", "Verdicts", "Workload", "as_code",
     "as_simulated", "check", "faults_of", "make_workload", "run_simulated",
 ]

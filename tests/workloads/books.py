@@ -1,4 +1,4 @@
-"""What is in use at an instant, event by event: the limits of a lane, its breaker, its quota, and the lane itself.
+"""What is in use at an instant, event by event: the limits of a lane, its breaker, what it may use, and the lane.
 
 Rules: a book says what is surely so.  Where the log leaves a doubt (whose call it was, whether it was made at all) it
 keeps the least and the most, and both pass.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from qengine import BreakerPolicy, ExecutionPolicy, RateLimit, Window
 
-from .model import Share, part_of
+from .model import budgets_of, part_of
 
 EPS = 1e-9                  # what two ways to add up the same instants may differ by
 CATCH_UP = 0.020            # the slack that promise 2 declares
@@ -176,74 +176,93 @@ class GateBook:
         for book in self.windows:
             book.take(who, part_of(amount, book.window.unit))
 
-    def end(self, who: Hashable, at: float, recorded: list[Mapping[str, float]] | None, revocable: bool) -> None:
-        """It ended.
-
-        Args:
-            recorded: What it may have recorded; None where nobody knows.
-            revocable: It may be that it was never made.
-        """
+    def end(self, who: Hashable, at: float, recorded: list[Mapping[str, float]]) -> None:
+        """It ended; `recorded` is what it may have recorded."""
         self.look(at)
-        amount = self._amounts.pop(who)
+        amount = self._amounts[who]
         for bucket in self.buckets:
             part = part_of(amount, bucket.limit.unit)
-            least, most = _span(recorded, bucket.limit.unit, part, revocable)
+            least, most = _span(recorded, bucket.limit.unit, part)
             bucket.give(part - most, part - least)
         for book in self.windows:
             part = part_of(amount, book.window.unit)
-            book.end(who, at, *_span(recorded, book.window.unit, part, revocable))
+            book.end(who, at, *_span(recorded, book.window.unit, part))
+
+    def revoke(self, who: Hashable, at: float) -> None:
+        """It ended, and was never made."""
+        self.look(at)
+        for bucket in self.buckets:
+            part = part_of(self._amounts[who], bucket.limit.unit)
+            bucket.give(part, part)
+        for book in self.windows:
+            book.end(who, at, 0.0, 0.0)
 
 
-def _span(
-    recorded: list[Mapping[str, float]] | None, unit: str, part: float, revocable: bool
-) -> tuple[float, float]:
+def _span(recorded: list[Mapping[str, float]], unit: str, part: float) -> tuple[float, float]:
     """What was used of a unit, at least and at most."""
-    told = [0.0, math.inf] if recorded is None else [float(used.get(unit, part)) for used in recorded]
-    return 0.0 if revocable else min(told), max(told)
+    told = [float(used.get(unit, part)) for used in recorded]
+    return min(told), max(told)
 
 
-class ShareBook:
-    """What is reserved and used of a quota."""
+Span = tuple[float, float]
+"""At least, and at most."""
 
-    def __init__(self, share: Share) -> None:
-        self.share = share
-        self.used = (0.0, 0.0)
-        self._held: dict[Hashable, tuple[float, float]] = {}
+
+class AllowanceBook:
+    """What is reserved and used of a budget, or of a quota."""
+
+    def __init__(self, unit: str, limit: float) -> None:
+        self.unit = unit
+        self.limit = limit
+        self.used: Span = (0.0, 0.0)
+        self._held: dict[Hashable, Span] = {}
+        self._settled: dict[Hashable, Span] = {}
 
     @property
-    def taken(self) -> tuple[float, float]:
-        """What is reserved or used, at least and at most."""
+    def taken(self) -> Span:
+        """What is reserved or used."""
         held = list(self._held.values())
         return self.used[0] + math.fsum(h[0] for h in held), self.used[1] + math.fsum(h[1] for h in held)
 
     def fits(self, part: float, taken: float) -> bool:
         """Whether an amount is there if so much is taken."""
-        return taken + part <= self.share.limit + EPS and taken < self.share.limit
+        return taken + part <= self.limit + EPS and taken < self.limit
 
-    def take(self, who: Hashable, least: float, most: float) -> None:
-        self._held[who] = (least, most)
+    def take(self, who: Hashable, part: Span) -> None:
+        self._held[who] = part
 
-    def end(self, who: Hashable, recorded: list[Mapping[str, float]] | None, revocable: bool) -> None:
-        """What was reserved is now used, or another amount in its place."""
-        least, most = self._held.pop(who)
-        if recorded is None:
-            least, most = 0.0, math.inf
-        else:
-            told = [(used.get(self.share.unit, least), used.get(self.share.unit, most)) for used in recorded]
-            least, most = min(one[0] for one in told), max(one[1] for one in told)
-        self.used = self.used[0] + (0.0 if revocable else least), self.used[1] + most
+    def end(self, who: Hashable, usage: Mapping[str, float]) -> None:
+        """What was reserved is now used, or in its place what the call used, where that says so."""
+        part = self._held.pop(who)
+        if self.unit == "cost":
+            part = (usage.get("cost", 0.0),) * 2
+        elif self.unit != "calls" and self.unit in usage:
+            part = (usage[self.unit],) * 2
+        self._settled[who] = part
+        self._use(part, 1)
+
+    def revoke(self, who: Hashable) -> None:
+        """It was never made."""
+        self._use(self._settled.pop(who), -1)
+
+    def _use(self, part: Span, sign: int) -> None:
+        self.used = self.used[0] + sign * part[0], self.used[1] + sign * part[1]
 
 
 class LaneBook:
     """What a lane of one run has in use."""
 
-    def __init__(self, run: int, name: str, policy: ExecutionPolicy, gate: GateBook) -> None:
+    def __init__(
+        self, run: int, name: str, policy: ExecutionPolicy, gate: GateBook, quotas: Sequence[AllowanceBook]
+    ) -> None:
         self.run = run
         self.name = name
         self.policy = policy
         self.gate = gate
         self.running: dict[int, float] = {}
-        self.budget = policy.budget
+        budgets = budgets_of(policy)
+        self.budget = budgets.pop("calls", None)
+        self.purse = [*(AllowanceBook(unit, limit) for unit, limit in budgets.items()), *quotas]
         self.reserved: set[int] = set()         # tasks for whose next attempt a unit is kept
         self.hanging = self.hanging_at_most = 0
         self.max_abandoned = max(2, policy.concurrency) if policy.max_abandoned is None else policy.max_abandoned

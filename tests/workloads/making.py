@@ -19,7 +19,7 @@ from qengine import (
     Window,
 )
 
-from .model import BEFORE, HANG, Call, Job, Share, Verdicts, Workload
+from .model import BEFORE, HANG, Call, Cost, Job, Share, Verdicts, Workload, budgets_of, priced_by
 from .running import is_refused
 
 
@@ -27,9 +27,13 @@ def make_workload(seed: int) -> Workload:
     """Return the workload of a seed."""
     workload = _Maker(seed).make()
     if is_refused(workload):        # a stop that the budget comes before
-        lanes = {name: replace(policy, budget=None) for name, policy in workload.lanes.items()}
+        lanes = {name: replace(policy, budget=_without_calls(policy)) for name, policy in workload.lanes.items()}
         workload = replace(workload, lanes=lanes)
     return workload
+
+
+def _without_calls(policy: ExecutionPolicy) -> Any:
+    return {unit: limit for unit, limit in budgets_of(policy).items() if unit != "calls"} or None
 
 
 class _Maker:
@@ -46,10 +50,10 @@ class _Maker:
         self.hangs = rng.choice([0, 0, 0, 1, 2, 4])     # calls that never end, at most
         self.deaf = self.often(0.3)         # some calls go on when they are told to end
         self.stuck = self.often(0.08)       # many calls hang for longer than one waits for what was told to end
-        self.records = self.often(0.25)
+        self.records = self.often(0.35)
         self.odd = self.often(0.12)         # calls that are cancelled from within, or end the program; bad items
         self.paged = False
-        self.costs: dict[str, float] = {}
+        self.costs: dict[str, Cost] = {}
         self.shares: tuple[Share, ...] = ()
 
     def often(self, share: float) -> bool:
@@ -106,6 +110,7 @@ class _Maker:
         policy = self.policy(stop, batches=True)
         names = ["default"] if face == "one" else [f"lane {number}" for number in range(self.rng.randint(1, 4))]
         keyed = self.often(0.15)
+        self.shares = self.quotas([tuple(names)], 0.15)
         jobs = [self.job(number, self.rng.choice(names), policy, keys=True) for number in range(self.size)]
         if (keyed or face == "lanes") and self.odd:
             jobs = [
@@ -114,6 +119,7 @@ class _Maker:
             names = [*dict.fromkeys([*names, "default"])]
         return Workload(
             self.seed, dict.fromkeys(names, policy), tuple(jobs), stop, keyed=keyed,
+            quotas=tuple(replace(share, lanes=tuple(names)) for share in self.shares),
             as_list=face == "one" and self.often(0.5), error_after=self.some(0.08, 0, 1, self.size // 2, self.size),
             how=self.rng.choices(["run", "stream", "ordered"], [70, 15, 15])[0],
         )
@@ -143,11 +149,19 @@ class _Maker:
             retry=self.retry(),
             stop=stop,
             timeout=rng.choice([0.03, 0.04, 0.06]) if self.hangs or self.stuck or self.often(0.15) else None,
-            budget=self.some(0.25, 0, 1, 2, 3, 5, max(0, self.size - 1), 2 * self.size),
+            budget=self.budget(),
             breaker=self.breaker() if self.often(0.3) else None,
             lookahead=rng.choice([0, 0, 1, 2, 5, 16, 64]),
             max_abandoned=self.some(0.2, 1, 2, 3),
         )
+
+    def budget(self) -> Any:
+        """None, calls, or by unit."""
+        calls = self.some(0.25, 0, 1, 2, 3, 5, max(0, self.size - 1), 2 * self.size)
+        if self.often(0.85):
+            return calls
+        units = {"calls": calls, "tokens": self.some(0.6, 0, 1, 4, 10, 30.5), "cost": self.some(0.5, 0, 1, 2.5, 8, 30)}
+        return {unit: limit for unit, limit in units.items() if limit is not None} or None
 
     def limits(self) -> list[RateLimit | Window]:
         rng = self.rng
@@ -226,6 +240,7 @@ class _Maker:
         key = self.some(0.3, "a", "b", "c", 1, (1, "x")) if keys and self.ragged else None
         units = {limit.unit for limit in policy.limits if isinstance(limit, (RateLimit, Window))}
         units |= {share.unit for share in self.shares if lane in share.lanes}
+        units |= {*budgets_of(policy), *priced_by(self.costs.get(lane, 0.0))}
         calls = [self.call(policy, units) for _ in range(rng.choice([1, 2, 3, 6]))]
         return Job(
             name, lane, (*calls, self.last_call(policy)), key=key,
@@ -286,8 +301,11 @@ class _Maker:
             name: replace(self.policy(StopConditions(), batches=False), lookahead=lookahead)
             for name in ("red", "green", "blue")[: rng.choice([1, 2, 2, 3])]
         }
-        self.costs = {name: rng.choice([0.5, 2.0]) for name in lanes} if self.often(0.2) else {}
-        self.shares = self.quotas([*lanes])
+        prices: list[Cost] = [0.5, 2.0, {"tokens": 0.25}, {"calls": 0.5, "tokens": 0.125}]
+        self.costs = {name: rng.choice(prices) for name in lanes} if self.often(0.3) else {}
+        self.records = self.records or bool(self.costs)
+        often = 0.6 if self.costs else 0.25
+        self.shares = self.quotas([tuple(lanes), tuple(lanes)[:2], *((lane,) for lane in lanes)], often)
         depth = rng.choice([0, 1, 2, 2, 3])
         levels: list[list[str]] = [[] for _ in range(depth + 1)]
         for number in range(min(self.size, 24)):        # first one for each level
@@ -317,13 +335,17 @@ class _Maker:
             as_list=self.often(0.5), how=rng.choices(["run", "stream"], [80, 20])[0],
         )
 
-    def quotas(self, lanes: list[str]) -> tuple[Share, ...]:
-        """Perhaps one for all of them, or one for each, or for one of them."""
-        if self.often(0.75):
+    def quotas(self, groups: list[tuple[str, ...]], often: float) -> tuple[Share, ...]:
+        """Perhaps one or several, each of some of the lanes."""
+        if not self.often(often):
             return ()
-        groups = self.rng.choice([[tuple(lanes)], [(lane,) for lane in lanes], [(lanes[0],)]])
-        units = ["calls", "calls", "tokens", *(["cost"] if self.costs else [])]
-        return tuple(Share(self.rng.choice([1, 2, 5, 12]), group, self.rng.choice(units)) for group in groups)
+        units = ["cost", "cost", "tokens"] if self.costs else ["calls", "calls", "tokens", "cost"]
+        count = self.rng.choice([1, 1, 2, 3])
+        drawn = [
+            Share(self.rng.choice([1, 2, 5, 12, 40]), self.rng.choice(groups), self.rng.choice(units))
+            for _ in range(count)
+        ]
+        return tuple(dict.fromkeys(drawn))
 
     def pages(self, name: str, node: str, source: str, policy: ExecutionPolicy) -> Iterator[Job]:
         """A query, and perhaps the next pages of its answer."""

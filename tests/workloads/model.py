@@ -26,6 +26,8 @@ from qengine import (
     Window,
 )
 
+Cost = float | Mapping[str, float]      # of each call, or prices by unit
+
 HANG = math.inf             # seconds of a call that never ends
 ENOUGH = "enough"           # the reason of a workload's own cancel
 DEADLINE = "deadline"       # the reason where the token of a run has one
@@ -128,7 +130,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Share:
-    """A quota of some sources, all in one period."""
+    """A quota of some sources, all in one period; those of one function are of all its lanes."""
 
     limit: float
     lanes: tuple[str, ...]
@@ -160,7 +162,7 @@ class Workload:
     width: int | None = None            # calls at once over all sources
     shared: tuple[RateLimit | Window, ...] = ()     # of one live RateLimiter, which all lanes share
     quotas: tuple[Share, ...] = ()
-    costs: Mapping[str, float] = field(default_factory=dict)    # of a call, by source
+    costs: Mapping[str, Cost] = field(default_factory=dict)     # of a call, by source
     keyed: bool = False                 # the executor names payloads, not the tasks themselves
     as_list: bool = False               # inputs in a list, else from an iterator
     pace: float = 0.0                   # seconds that the iterator takes for each input
@@ -188,9 +190,13 @@ class Workload:
         pages = {job.page for job in self.jobs}
         return [job for job in self.jobs if (job.node, job.lane) == (node, source) and job.name not in pages]
 
-    def share_of(self, lane: str) -> Share | None:
-        """The quota of a lane."""
-        return next((share for share in self.quotas if lane in share.lanes), None)
+    def shares_of(self, lane: str) -> list[Share]:
+        """The quotas of a lane."""
+        return [share for share in self.quotas if lane in share.lanes]
+
+    def cost_of(self, lane: str) -> Cost:
+        """What a call of a lane costs."""
+        return self.costs.get(lane, 0.0)
 
     def limits_of(self, lane: str) -> list[RateLimit | Window]:
         """All limits of a lane, those that it shares too."""
@@ -198,9 +204,9 @@ class Workload:
         return [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
 
     def units_of(self, lane: str) -> set[str]:
-        """What its limits and its quota count."""
-        share = self.share_of(lane)
-        return {"calls", *(limit.unit for limit in self.limits_of(lane)), *([] if share is None else [share.unit])}
+        """What its limits, its quotas, its budget and its prices count."""
+        counted = [*(limit.unit for limit in self.limits_of(lane)), *(share.unit for share in self.shares_of(lane))]
+        return {"calls", *counted, *budgets_of(self.lanes[lane]), *priced_by(self.cost_of(lane))}
 
     def __str__(self) -> str:
         return f"workload {self.seed}:\n{as_code(self)}"
@@ -221,6 +227,46 @@ def run_of(item: Any) -> int:
 def part_of(amount: Any, unit: str) -> float:
     """How much of a unit an amount is: a number counts in every unit, and a mapping is one call."""
     return float(amount.get(unit, unit == "calls")) if isinstance(amount, Mapping) else float(amount)
+
+
+def reserved_part(amount: Any, unit: str, cost: Cost) -> float:
+    """How much of a budget or a quota of that unit an amount is; of money, unless it says so, what it costs."""
+    return used_by(amount, {}, cost).get("cost", 0.0) if unit == "cost" else part_of(amount, unit)
+
+
+def used_by(amount: Any, recorded: Mapping[str, float], cost: Cost) -> dict[str, float]:
+    """What a call used, by unit: what it recorded, else what its amount names; what costs goes by that."""
+    named = {unit: part for unit, part in amount.items() if unit != "calls"} if isinstance(amount, Mapping) else {}
+    prices = _prices(cost)
+    each = prices.pop("calls", 0.0)
+    used = {**named, **recorded, "calls": 1.0}
+    if "cost" not in recorded and prices.keys() & recorded.keys():
+        used.pop("cost", None)      # what was said before of what it costs is out of date
+    if "cost" not in used and (each or any(prices.values())):
+        used["cost"] = each + sum(price * used.get(unit, 0.0) for unit, price in prices.items())
+    return used
+
+
+def with_cost(amount: Any, recorded: Mapping[str, float], cost: Cost) -> dict[str, float]:
+    """What a call recorded, and what that costs if it has a price."""
+    priced = _prices(cost).keys() & recorded.keys() and "cost" not in recorded
+    return {**recorded, "cost": used_by(amount, recorded, cost).get("cost", 0.0)} if priced else dict(recorded)
+
+
+def priced_by(cost: Cost) -> set[str]:
+    """The units that a source with such a cost knows of."""
+    prices = _prices(cost)
+    return {*prices, *(["cost"] if any(prices.values()) else [])} - {"calls"}
+
+
+def _prices(cost: Cost) -> dict[str, float]:
+    return dict(cost) if isinstance(cost, Mapping) else {"calls": cost}
+
+
+def budgets_of(policy: ExecutionPolicy) -> dict[str, float]:
+    """What a lane may use in one run, by unit."""
+    budget = policy.budget
+    return {} if budget is None else dict(budget) if isinstance(budget, Mapping) else {"calls": budget}
 
 
 # ---- as a value that can be pasted, and made smaller -----------------------------------------------------------------

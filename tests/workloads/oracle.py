@@ -2,7 +2,8 @@
 
 Rules: it sees nothing of the engine and decides nothing itself: where a promise leaves a choice, every choice passes.
 In virtual time (`exact`) every instant is what it must be.  On a real clock nothing comes early and nothing more than
-LATE seconds late; what is order or count is as strict.
+LATE seconds late; what is order or count is as strict.  What a call used is what the event of its end says, and that
+must be what the workload has it use.
 
     promise                                  judged by
     1   one result for each input, order     read, keep_books, match_inputs, judge_endings, judge_order, judge_tree
@@ -10,7 +11,7 @@ LATE seconds late; what is order or count is as strict.
     3   nothing that waits holds a worker    Replay._look_for_idleness
     4   no lane delays another               Replay._look_for_idleness
     5   all or nothing                       Replay: what a refused attempt took would be missed by the next
-    6   budgets and quotas                   Replay._start, Replay._is_spent, Replay.conclude, keep_books
+    6   budgets and quotas, by unit          Replay._start, Replay._is_spent, Replay.conclude, judge_usage
     7   stops are exact                      judge_stop, Replay._stop
     8   one failure ends nobody else         judge_endings, Replay._result
     9   a hung call cannot hang the run      judge_calls, judge_hanging, Replay._start
@@ -44,15 +45,21 @@ from .model import (
     Call,
     Job,
     Workload,
+    budgets_of,
     name_of,
     part_of,
+    reserved_part,
+    used_by,
     verdict_on,
+    with_cost,
 )
-from .replay import LATE, replay
+from .replay import HELD_UP, LATE, replay
 from .running import Seen
 from .stories import Reader, Story, Try
 
 PULLS_DROPPED = 0.050       # seconds in which an input that is being taken when the run stops may still arrive
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+NEAR = 0.01                 # the share of itself that a quantile may be off by
 WALL_EPS = 2e-6             # what two sums of the same instants may differ by, where one went through the time of day
 
 
@@ -60,19 +67,21 @@ def check(workload: Workload, runs: Sequence[Seen], exact: bool) -> None:
     """Hold the runs of a workload against the promises.
 
     Raises:
-        Broken: With the workload, what is wrong, and the log.
+        Broken: With the workload, what is wrong, and the log; TooLate if all that is wrong is that something came late.
     """
     faults = faults_of(workload, runs, exact)
     if faults:
+        kind = TooLate if not exact and not faults_of(workload, runs, exact, HELD_UP) else Broken
         lines = [*faults, "", str(workload)]
         for ran in runs:
             first = ran.events[0].at if ran.events else 0.0
             lines += ["", repr(ran.report)]
             lines += [
                 f"{event.at - first:10.6f} {event.kind:8} {event.source} {event.index} #{event.number} {event.detail}"
+                f" {'' if event.usage is None else dict(event.usage)}"
                 for event in ran.events
             ]
-        raise Broken("\n".join(lines), faults)
+        raise kind("\n".join(lines), faults)
 
 
 class Broken(AssertionError):
@@ -83,9 +92,13 @@ class Broken(AssertionError):
         self.faults = faults
 
 
-def faults_of(workload: Workload, runs: Sequence[Seen], exact: bool) -> list[str]:
-    """Return every fault found, each once."""
-    oracles = [Oracle(workload, ran, exact, number) for number, ran in enumerate(runs)]
+class TooLate(Broken):
+    """A real clock showed that something came late, and nothing else is wrong: the machine may have been held up."""
+
+
+def faults_of(workload: Workload, runs: Sequence[Seen], exact: bool, late: float = LATE) -> list[str]:
+    """Return every fault found, each once; on a real clock nothing is late that is so by no more than `late`."""
+    oracles = [Oracle(workload, ran, exact, number, late) for number, ran in enumerate(runs)]
     legible = [oracle.judge() for oracle in oracles]
     if all(legible):
         replay(oracles)
@@ -95,19 +108,17 @@ def faults_of(workload: Workload, runs: Sequence[Seen], exact: bool) -> list[str
 class Oracle(Reader):
     """Reads a log and a report, and says what is wrong with them."""
 
-    def __init__(self, workload: Workload, ran: Seen, exact: bool, number: int = 0) -> None:
+    def __init__(self, workload: Workload, ran: Seen, exact: bool, number: int = 0, late: float = LATE) -> None:
         super().__init__(workload, ran)
         self.number = number
         self.report = ran.report
         self.exact = exact
-        self.late = EPS if exact else LATE
+        self.late = EPS if exact else late
         left = list(ran.report.results)     # of a stream, what was not handed out
         self.results: list[TaskResult[Any, Any]] = left if workload.how == "run" else [*ran.handed_out, *left]
         self.job_of: dict[int, Job] = {}            # by index, where the log leaves no doubt
         self.result_of: dict[int, TaskResult[Any, Any]] = {}
         self.jobs = {job.name: job for job in workload.jobs}
-        self.revoked = 0        # starts that no worker picked up before they were given up
-        self.vague = False      # it cannot be seen which ones they were
         self.begun_at: float | None = None
 
     def judge(self) -> bool:
@@ -139,30 +150,40 @@ class Oracle(Reader):
         """Whether a task has ended the run."""
         return any(one.detail == "SystemExit" for story in self.stories.values() for one in story.tries)
 
-    def may_be_revoked(self, one: Try) -> bool:
-        """Whether it may have been given up before a worker picked it up: in virtual time that is one instant."""
-        return one.ended == "given up" and (not self.exact or one.end_at == one.at)
-
-    def _revocable(self, story: Story) -> bool:
-        return story.last is not None and self.may_be_revoked(story.last)
-
     def may_have_recorded(self, call: Call, one: Try) -> list[Mapping[str, float]]:
         """What a call may have recorded until it ended."""
-        if one.ended == "answer" or not call.recorded or (self.exact and not self.may_be_revoked(one)):
+        if one.revoked:
+            return [{}]
+        if one.ended == "answer" or not call.recorded or (self.exact and one.end_at > one.at):
             return [call.recorded]
         return [call.recorded, {}]
 
+    def recorded(self, story: Story, one: Try, number: int) -> list[Mapping[str, float]]:
+        """What it has recorded, with what that costs: whatever goes with the usage that is told."""
+        job, cost = self.job_of.get(story.index), self.workload.cost_of(story.lane)
+        if job is None:
+            told = {unit: used for unit, used in one.usage.items() if unit not in ("calls", "cost")}
+            return [told, {**told, "cost": one.usage.get("cost", 0.0)}]
+        fits = [recorded for recorded in self.may_have_recorded(job.call(number), one)
+                if used_by(job.amount, recorded, cost) == one.usage]
+        told = dict(job.call(number).recorded)
+        self.claim(fits, f"{job.name} call {number} used {dict(one.usage)}, of {job.amount} and {told}")
+        return [with_cost(job.amount, recorded, cost) for recorded in fits or [{}]]
+
     def hangs(self, story: Story, one: Try, number: int) -> tuple[bool, bool]:
         """Whether a call that was given up surely, and whether it may, go on: those that listen end when told to."""
+        if one.revoked:
+            return False, False
         job = self.job_of.get(story.index)
         if job is None:
             return False, any(call.deaf for other in self.workload.jobs for call in other.calls)
         call = job.call(number)
-        if self.vague or not call.deaf:
-            return False, call.deaf
+        if not call.deaf:
+            return False, False
         silent = call.outcome == "cancelled"        # that is taken for an end as told, and not for an answer
-        at_once = call.seconds < HANG and one.at + call.seconds <= one.end_at + self.late
-        return not (silent or at_once or self.may_be_revoked(one)), True
+        late = EPS if self.exact else LATE
+        at_once = call.seconds < HANG and one.at + call.seconds <= one.end_at + late
+        return not (silent or at_once), True
 
     # ---- the books ---------------------------------------------------------------------------------------------------
 
@@ -197,16 +218,13 @@ class Oracle(Reader):
 
     def _keep_books_of(self, name: str, source: Any, stories: list[Story]) -> None:
         tries = [one for story in stories for one in story.tries]
+        made = [one for one in tries if not one.revoked]
         results = [result for result in self.results if result.source == name]
-        revoked = len(tries) - source.calls
-        self.revoked += revoked
-        # A start that no worker had picked up when it was given up was no call; in virtual time that is one instant.
-        most = sum(map(self._revocable, stories))
-        if not self.exact and revoked and any(one.ended == "timeout" for one in tries):
-            self.vague, most = True, len(tries)
-        self.claim(0 <= revoked <= most, f"{name}: {source.calls} calls of {len(tries)} starts")
-        undone = sum(story.revoked for story in stories)
-        self.claim(revoked == undone, f"{name}: {source.calls} calls of {len(tries)} starts, of which {undone} revoked")
+        undone = len(tries) - len(made)
+        words = f"{name}: {source.calls} calls of {len(tries)} starts, of which {undone} revoked"
+        self.claim(source.calls == len(made), words)
+        at_once = all(one.at == one.end_at for one in tries if one.revoked)
+        self.claim(at_once or not self.exact, f"{name}: one is revoked that a worker had time to begin with")
         told_of: Counter[str] = Counter()
         for event in self.ran.events:
             if event.source == name and event.usage is not None:
@@ -218,10 +236,12 @@ class Oracle(Reader):
         self.claim(source.retries == sum(one.then == "retry" for one in tries), f"{name}: {source.retries} retries")
         throttled = sum(one.error == "RateLimitError" for one in tries)
         self.claim(source.throttled == throttled, f"{name}: {source.throttled} throttled, not {throttled}")
-        busy = math.fsum(one.end_at - one.at for one in tries)
+        busy = math.fsum(one.end_at - one.at for one in made)
         told = source.busy_seconds
         # A worker counts from when it picked the call up.
-        self.claim(told <= busy + 1e-6 and (told >= busy - 1e-6 or not self.exact), f"{name}: busy {told}, not {busy}")
+        all_told = abs(told - busy) < 1e-6
+        self.claim(all_told or (0.0 <= told < busy and not self.exact), f"{name}: busy {told}, not {busy}")
+        self._judge_quantiles(source, tries, made, all_told)
         skipped = Counter(result.reason for result in results if result.status is TaskStatus.SKIPPED)
         self.claim(source.skipped == dict(skipped), f"{name}: skipped {source.skipped}, not {dict(skipped)}")
         answers = [one.end_at for one in tries if one.ended == "answer"]
@@ -229,6 +249,16 @@ class Oracle(Reader):
         if source.first_at is not None and answers:
             self.begun_at = min(answers) - source.first_at
             self.claim(abs(source.last_at - source.first_at - (max(answers) - min(answers))) < 1e-6, f"{name}: last_at")
+
+    def _judge_quantiles(self, source: Any, tries: list[Try], made: list[Try], all_told: bool) -> None:
+        """They are of the durations of its attempts, be it with those that were revoked."""
+        for name, share in QUANTILES.items():
+            told = getattr(source, name)
+            wanted, other = _nearest_rank(made, share), _nearest_rank(tries, share)
+            fits = _is_near(told, wanted) if all_told else _is_most(told, wanted)
+            fits = fits or (_is_near(told, other) if self.exact else _is_most(told, other))
+            self.claim(fits, f"{source.name}: {name} {told}, not {wanted}")
+            self.claim(told == source.latency(share), f"{source.name}: {name} is not latency({share})")
 
     # ---- which result is whose ---------------------------------------------------------------------------------------
 
@@ -267,8 +297,6 @@ class Oracle(Reader):
 
     def match_queries(self) -> None:
         """Find the task of each result: it ended at the same instant, after as many attempts, in the same way."""
-        if self.vague:
-            return
         offset = self.report.started_at - (self.begun_at or 0.0)
         fits: dict[int, list[int]] = {}
         for index, story in self.stories.items():
@@ -291,7 +319,7 @@ class Oracle(Reader):
         assert told is not None
         if (story.lane, told.detail) != (result.source, result.status.value):
             return False
-        if not 0 <= story.counted - result.attempts <= self._revocable(story):
+        if story.counted != result.attempts:
             return False
         if story.tries and result.attempts and self.begun_at is not None:
             if abs(self._end_of(result) - offset - story.tries[-1].end_at) > WALL_EPS:
@@ -323,9 +351,7 @@ class Oracle(Reader):
     def _judge_ending(self, story: Story, job: Job, result: TaskResult[Any, Any]) -> None:
         status, last, name = result.status, story.last, f"{job.name}: {result.status.value} ({result.reason})"
         stopped = self.stop is not None
-        revoked = story.counted - result.attempts
-        most = story.given_up if self.vague else self._revocable(story)
-        self.claim(0 <= revoked <= most, f"{name} after {result.attempts} attempts")
+        self.claim(story.counted == result.attempts, f"{name} after {result.attempts} attempts")
         self.claim(result.attempts <= self.lane(story).retry.max_attempts, f"{name} after {result.attempts} attempts")
         throttled = sum(one.then == "throttled" for one in story.tries)     # they are calls, but no attempts
         self.claim(result.usage.get("calls") == result.attempts + throttled, f"{name}: {result.usage}")
@@ -349,8 +375,7 @@ class Oracle(Reader):
         self.claim(not refused, f"{name} was tried, being bad or with an amount that can never be had")
         if last.ended == "answer" and not last.failed:
             self.claim(status is TaskStatus.SUCCEEDED, f"{name} after a success")
-            if not self.vague:
-                self.claim(result.value == job.value(len(story.tries)), f"{name}: {result.value!r}")
+            self.claim(result.value == job.value(len(story.tries)), f"{name}: {result.value!r}")
             return
         failures = [one.error for one in story.tries if one.failed]
         expected = _status_of(failures[-1]) if failures else TaskStatus.CANCELLED
@@ -371,12 +396,12 @@ class Oracle(Reader):
             for limit in self.workload.limits_of(job.lane)
         ]
         parts = [(part_of(job.amount, unit), size) for unit, size in sizes]
-        share = self.workload.share_of(job.lane)
-        if share is not None:
-            by_itself = isinstance(job.amount, Mapping) and share.unit in job.amount
-            cost = share.unit == "cost" and not by_itself
-            part = self.workload.costs.get(job.lane, 0.0) if cost else part_of(job.amount, share.unit)
-            parts.append((part, share.limit))
+        sizes = [(share.unit, share.limit) for share in self.workload.shares_of(job.lane)]
+        # Of a budget of nothing everything is skipped.
+        sizes += [(unit, size) for unit, size in budgets_of(self.workload.lanes[job.lane]).items()
+                  if unit != "calls" and size]
+        cost = self.workload.cost_of(job.lane)
+        parts += [(reserved_part(job.amount, unit, cost), size) for unit, size in sizes]
         unknown = isinstance(job.amount, Mapping) and not job.amount.keys() <= self.workload.units_of(job.lane)
         return unknown or any(part > size for part, size in parts)
 
@@ -393,21 +418,21 @@ class Oracle(Reader):
             throttles = 0
             for number, one in enumerate(story.tries, 1):
                 name = f"{job.name} call {number}"
-                self._judge_call(name, one, None if self.vague else job.call(number), job, policy, give_up_at)
+                self._judge_call(name, one, job.call(number), job, policy, give_up_at)
                 if one.then:
                     throttles += one.then == "throttled"
                     self._judge_delay(name, one, job.call(number), policy.retry, throttles)
             for before, after in pairwise(story.tries):
                 due = before.end_at + before.delay * (1 - 1e-5) - EPS
                 self.claim(after.at >= due, f"{job.name} was tried again at {after.at}, before {due}")
-            if story.tries and result.attempts and not self.vague:
+            if story.tries and result.attempts:
                 last = story.tries[-1]
                 took = last.end_at - last.at
-                self.claim(result.duration <= took + 1e-6, f"{job.name} took {took}, not {result.duration}")
+                self.claim(0.0 <= result.duration <= took + 1e-6, f"{job.name} took {took}, not {result.duration}")
                 self.claim(not self.exact or result.duration >= took - 1e-6, f"{job.name} took {took}")
 
     def _judge_call(
-        self, name: str, one: Try, call: Call | None, job: Job, policy: ExecutionPolicy, give_up_at: float
+        self, name: str, one: Try, call: Call, job: Job, policy: ExecutionPolicy, give_up_at: float
     ) -> None:
         limit = job.timeout if job.timeout is not None else policy.timeout
         over_at = min(one.at + (math.inf if limit is None else limit), give_up_at)
@@ -415,8 +440,6 @@ class Oracle(Reader):
         self.claim(one.end_at <= over_at + self.late, f"{name} ends {one.end_at - over_at} after its timeout")
         if one.ended == "timeout":
             self.claim(one.end_at >= over_at - EPS, f"{name} is timed out {over_at - one.end_at} too early")
-        if call is None:
-            return
         if one.ended == "answer":
             took = one.end_at - one.at
             answer = call.answer(policy.retry)
@@ -436,9 +459,8 @@ class Oracle(Reader):
         verdict = verdict_on(one.error, retry) if one.then == "retry" else True
         if not isinstance(verdict, (bool, str)):
             least = most = verdict
-        if not self.vague:
-            fits = least * (1 - 1e-5) <= one.delay <= most * (1 + 1e-5)
-            self.claim(fits, f"{name}: {one.then} after {one.delay}, not {least} to {most}")
+        fits = least * (1 - 1e-5) <= one.delay <= most * (1 + 1e-5)
+        self.claim(fits, f"{name}: {one.then} after {one.delay}, not {least} to {most}")
         if one.then == "throttled":
             self.claim(one.delay <= retry.max_retry_after, f"{name} waits {one.delay}")
         else:
@@ -493,7 +515,7 @@ class Oracle(Reader):
                 self.claim(took >= conditions.timeout - 1e-6, f"stopped after {took}, not {conditions.timeout}")
                 self.claim(took <= conditions.timeout + self.late + 1e-6, f"stopped after {took}")
         if stop.detail == DEADLINE and self.workload.deadline is not None and self.begun_at is not None:
-            took, early = stop.at - self.begun_at, 1e-6 if self.exact else LATE     # it counts from before the run
+            took, early = stop.at - self.begun_at, self.late + 1e-6     # it counts from before the run
             self.claim(took >= self.workload.deadline - early, f"its deadline came after {took}")
             self.claim(took <= self.workload.deadline + self.late + 1e-6, f"its deadline came after {took}")
         if stop.detail == ENOUGH:
@@ -520,7 +542,7 @@ class Oracle(Reader):
         name, number = self.workload.cancel_by or (None, 0)
         for index, job in self.job_of.items():
             tries = self.stories[index].tries
-            if job.name == name and len(tries) >= number and not self.vague:
+            if job.name == name and len(tries) >= number:
                 return tries[number - 1]
         return None
 
@@ -529,13 +551,12 @@ class Oracle(Reader):
         if self.workload.cancel_by == BEFORE:
             return
         name = (self.workload.cancel_by or (None,))[0]
-        seen = name in {job.name for job in self.job_of.values()} and not self.vague
+        seen = name in {job.name for job in self.job_of.values()}
         one = self._cancelling_call()
         self.claim(name is not None and (one is not None or not seen), "cancelled, and nobody did that")
         if one is not None:
             self.claim(one.at <= stop.at, "it was cancelled before the call that cancels")
-            late = EPS if self.exact else LATE
-            self.claim(one.ended != "answer" or stop.at <= one.end_at + late, "the cancellation came late")
+            self.claim(one.ended != "answer" or stop.at <= one.end_at + self.late, "the cancellation came late")
             if one.ended == "answer":
                 self._judge_no_start_after(one)
 
@@ -588,26 +609,18 @@ class Oracle(Reader):
                     lane.update(result.usage)
             total.update(lane)
             self.claim(_alike(source.usage, lane), f"{name}: usage {source.usage}, not {dict(lane)}")
-            self.claim(abs(source.cost - lane["cost"]) < 1e-6, f"{name}: cost {source.cost}, not {lane['cost']}")
+            for unit, told in (("cost", source.cost), ("tokens", source.tokens)):
+                self.claim(abs(told - lane[unit]) < 1e-6, f"{name}: {unit} {told}, not {lane[unit]}")
         report = self.report
         self.claim(_alike(report.usage, total), f"usage {report.usage}, not {dict(total)}")
         self.claim(abs(report.total_cost - total["cost"]) < 1e-6, f"total_cost {report.total_cost}")
         self.claim(abs(report.total_tokens - total["tokens"]) < 1e-6, f"total_tokens {report.total_tokens}")
         for index, result in self.result_of.items():
-            self._judge_usage_of(self.stories[index], self.job_of[index], result)
-
-    def _judge_usage_of(self, story: Story, job: Job, result: TaskResult[Any, Any]) -> None:
-        if self.vague or story.counted != result.attempts:
-            return
-        cost = self.workload.costs.get(job.lane, 0.0)
-        usage: Counter[str] = Counter()
-        for number, one in enumerate(story.tries, 1):
-            recorded = self.may_have_recorded(job.call(number), one)
-            if len(recorded) > 1:
-                return
-            used = {"cost": cost, **(job.amount if isinstance(job.amount, Mapping) else {}), **recorded[0]}
-            usage.update({**used, "calls": 1.0})
-        self.claim(_alike(result.usage, usage), f"{job.name}: usage {dict(result.usage)}, not {dict(usage)}")
+            usage: Counter[str] = Counter()
+            for one in self.stories[index].made:
+                usage.update(one.usage)
+            words = f"{name_of(result.task)}: usage {dict(result.usage)}, not {dict(usage)}"
+            self.claim(_alike(result.usage, usage), words)
 
     def judge_hanging(self) -> None:
         """Calls that were given up and have not come back are counted; each of them was told to end."""
@@ -626,7 +639,7 @@ class Oracle(Reader):
         for name, number, told_to_end in self.ran.tokens:
             for index, job in self.job_of.items():
                 tries = self.stories[index].tries
-                if job.name == name and len(tries) >= number and not self.vague:
+                if job.name == name and len(tries) >= number:
                     self._judge_token(job, tries[number - 1], number, told_to_end)
 
     def _judge_token(self, job: Job, one: Try, number: int, told_to_end: bool) -> None:
@@ -635,7 +648,7 @@ class Oracle(Reader):
             # Whoever cancels a run, or leaves it, tells what runs.
             drained = self.left or self.workload.cancel_by is not None or self.workload.deadline is not None
             self.claim(drained or not told_to_end, f"{name} was told to end, and its answer taken")
-        elif one.at + job.call(number).seconds > one.end_at + self.late and not self.may_be_revoked(one):
+        elif one.at + job.call(number).seconds > one.end_at + self.late and not one.revoked:
             self.claim(told_to_end, f"{name} was given up, and its token not cancelled")
 
     def judge_intake(self) -> None:
@@ -755,6 +768,25 @@ def _status_of(error: str) -> TaskStatus:
     if error == "CancelledError":
         return TaskStatus.CANCELLED
     return TaskStatus.ERROR if error in ("ValueError", "ArithmeticError", "SystemExit") else TaskStatus.FAILED
+
+
+def _nearest_rank(tries: Sequence[Try], share: float) -> float | None:
+    """The seconds that such a share of the attempts took at most; None where there are none."""
+    row = sorted(one.end_at - one.at for one in tries)
+    return row[max(0, math.ceil(share * len(row) - 1e-9) - 1)] if row else None
+
+
+def _is_near(told: float | None, seconds: float | None) -> bool:
+    """Whether a quantile is as near as it is to be."""
+    if told is None or seconds is None:
+        return told is seconds
+    return abs(told - seconds) <= NEAR * seconds + 2 * EPS
+
+
+def _is_most(told: float | None, seconds: float | None) -> bool:
+    if told is None or seconds is None:
+        return told is seconds
+    return 0.0 <= told <= seconds * (1 + NEAR) + 2 * EPS
 
 
 def _alike(told: Mapping[str, float], expected: Mapping[str, float]) -> bool:

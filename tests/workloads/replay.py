@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from qengine import Event
 
-from .books import EPS, GateBook, LaneBook, ShareBook
-from .model import Job, Workload, part_of, verdict_on
+from .books import EPS, AllowanceBook, GateBook, LaneBook, Span
+from .model import Job, Workload, part_of, reserved_part, verdict_on
 
 if TYPE_CHECKING:
     from .oracle import Oracle
     from .stories import Story, Try
 
 LATE = 0.25                 # seconds by which a loaded machine may be late on the real clock
+HELD_UP = 60.0              # and one that stands still: what is wrong beyond that has nothing to do with time
 
 
 class Lasting:
@@ -25,7 +26,7 @@ class Lasting:
     def __init__(self, workload: Workload) -> None:
         self.gates = {name: GateBook(policy.limits, policy.breaker) for name, policy in workload.lanes.items()}
         self.shared = GateBook(workload.shared)
-        self.shares = {share: ShareBook(share) for share in workload.quotas}
+        self.quotas = {share: AllowanceBook(share.unit, share.limit) for share in workload.quotas}
 
 
 def replay(oracles: Sequence[Oracle]) -> None:
@@ -61,7 +62,11 @@ class Replay:
         self.number = number
         self.lasting = lasting
         self.books = {
-            name: LaneBook(number, name, policy, lasting.gates[name]) for name, policy in self.workload.lanes.items()
+            name: LaneBook(
+                number, name, policy, lasting.gates[name],
+                [lasting.quotas[share] for share in self.workload.shares_of(name)],
+            )
+            for name, policy in self.workload.lanes.items()
         }
         self.number_of: Counter[int] = Counter()        # tries so far
         self.stopped = False
@@ -75,7 +80,8 @@ class Replay:
         # Several runs wait for one another, which the log of the one does not show.
         plain = not self.workload.is_tree and self.workload.how == "run" and not self.workload.together
         self._shows_all = oracle.exact and plain
-        self._slack = LATE if self.workload.together and not oracle.exact else 0.0
+        self._is_mixed = self.workload.together and not oracle.exact       # what came first, the log does not say
+        self._slack = oracle.late if self._is_mixed else 0.0
 
     def play(self, pos: int) -> None:
         """Play the event at that place."""
@@ -101,25 +107,19 @@ class Replay:
     def conclude(self) -> None:
         """Hold what is left against what the report says is left."""
         for name, source in self.oracle.report.by_source.items():
-            budget, share = self.books[name].budget, self._share(name)
-            # A start that was no call gives its unit back.
-            least, most = budget, None if budget is None else budget + self.oracle.revoked
-            if share is not None:
-                free, at_most = (share.share.limit - taken for taken in reversed(share.taken))
-                told = source.remaining.get(share.share.unit)
-                fits = told is not None and free - 1e-6 <= told <= at_most + 1e-6
-                fits = fits or (share.share.unit == "calls" and budget is not None)  # then the lesser is told, as below
-                self.claim(fits, f"{name}: {told} of the quota remain, not {free}")
-                if share.share.unit == "calls":
-                    least = max(0, free) if least is None else max(0, min(least, free))     # type: ignore[assignment]
-                    most = max(0, at_most) if most is None else max(0, min(most, at_most))  # type: ignore[assignment]
-            rest = source.remaining_budget
-            fits = rest == least if least is None or most is None or rest is None else least <= rest <= most
-            self.claim(fits, f"{name}: {source.remaining_budget} of the budget remain, not {least}")
-
-    def _share(self, lane: str) -> ShareBook | None:
-        share = self.workload.share_of(lane)
-        return None if share is None else self.lasting.shares[share]
+            book = self.books[name]
+            left: dict[str, Span] = {} if book.budget is None else {"calls": (book.budget, book.budget)}
+            for allowance in book.purse:
+                least, most = (allowance.limit - taken for taken in reversed(allowance.taken))
+                other = left.get(allowance.unit, (math.inf, math.inf))
+                left[allowance.unit] = min(least, other[0]), min(most, other[1])
+            words = f"{name}: {source.remaining} remain, not {left}"
+            self.claim(source.remaining.keys() == left.keys(), words)
+            for unit, (least, most) in left.items():
+                self.claim(least - 1e-6 <= source.remaining.get(unit, math.nan) <= most + 1e-6, words)
+            calls = source.remaining.get("calls")
+            rest = None if calls is None else max(0, calls)
+            self.claim(source.remaining_budget == rest, f"{name}: {source.remaining_budget} calls remain, not {rest}")
 
     def _stop(self, pos: int) -> None:
         """What a stop finds taken and not finished is at most concurrency + lookahead, in each lane."""
@@ -158,8 +158,7 @@ class Replay:
         self.claim(width is None or running < width, f"{event}: {width} are running")
         paused = at < book.gate.paused_until - EPS - self._slack
         self.claim(not paused, f"{event}: {book.name} pauses until {book.gate.paused_until}")
-        hanging = book.hanging - self.oracle.revoked * self.oracle.vague
-        self.claim(hanging < book.max_abandoned, f"{event}: {hanging} calls of {book.name} hang")
+        self.claim(book.hanging < book.max_abandoned, f"{event}: {book.hanging} calls of {book.name} hang")
         self.number_of[index] += 1
         who = self._who(index)
         amount = 1 if job is None else job.amount
@@ -169,11 +168,12 @@ class Replay:
             units = self.workload.units_of(event.source)
             amount = {unit: min(part_of(other.amount, unit) for other in jobs) for unit in units}
         # A live limiter has a clock of its own, which it reads a little later.
-        for gate, slack in ((book.gate, self._slack), (self.lasting.shared, 0.0 if self.oracle.exact else LATE)):
+        late = 0.0 if self.oracle.exact else self.oracle.late
+        for gate, slack in ((book.gate, self._slack), (self.lasting.shared, late)):
             for words in gate.too_much(amount, at, slack):
                 self.claim(False, f"{event}: {words}")
             gate.take(who, amount)
-        self._reserve(book, who, job, event)
+        self._reserve(book, index, event)
         self.claim(book.batch_takes(index, at), f"{event}: its batch is not yet to begin")
         if policy.batch_size is not None and index not in book.batch:
             if len(book.batch) == policy.batch_size:
@@ -203,43 +203,59 @@ class Replay:
         passed = [other for other in (*ready, *taken) if (jobs[other].priority, other) < (jobs[index].priority, index)]
         self.claim(not passed, f"task {index} goes before {passed}")
 
-    def _quota_part(self, lane: str, job: Job, unit: str) -> float:
-        if unit == "cost" and not (isinstance(job.amount, Mapping) and unit in job.amount):
-            return self.workload.costs.get(lane, 0.0)
-        return part_of(job.amount, unit)
+    def _parts(self, book: LaneBook, index: int) -> list[Span]:
+        """How much of each of its allowances a task is; of one that is not known, at least and at most."""
+        job, cost = self._job(index), self.workload.cost_of(book.name)
+        jobs = [other for other in self.workload.jobs if other.lane == book.name] if job is None else [job]
+        rows = [[reserved_part(other.amount, allowance.unit, cost) for other in jobs] for allowance in book.purse]
+        return [(min(row), max(row)) for row in rows]
 
-    def _quota_parts(self, lane: str, job: Job | None, unit: str) -> tuple[float, float]:
-        """How much of a quota a job is; of one that is not known, at least and at most."""
-        jobs = [job] if job is not None else [other for other in self.workload.jobs if other.lane == lane]
-        parts = [self._quota_part(lane, other, unit) for other in jobs]
-        return min(parts), max(parts)
+    def _job(self, index: int) -> Job | None:
+        return self.oracle.job_of.get(index) if self.workload.is_tree else self.workload.jobs[index]
 
-    def _reserve(self, book: LaneBook, who: Hashable, job: Job | None, event: Event) -> None:
-        share = self._share(book.name)
-        if share is not None:
-            least, most = self._quota_parts(book.name, job, share.share.unit)
-            self.claim(share.fits(least, share.taken[0]), f"{event}: {share.taken[0]} of {share.share} are taken")
-            share.take(who, least, most)
+    def _reserve(self, book: LaneBook, index: int, event: Event) -> None:
+        """Whatever a call takes from was there: that a budget is exceeded is what calls in flight have recorded."""
+        for allowance, part in zip(book.purse, self._parts(book, index), strict=True):
+            words = f"{event}: {allowance.taken[0]} of {allowance.limit} {allowance.unit} are taken"
+            self.claim(allowance.fits(part[0], allowance.taken[0]) or self._is_mixed, words)
+            allowance.take(self._who(index), part)
 
-    def _is_spent(self, book: LaneBook, index: int) -> bool:
-        """Whether budget or quota may be used up."""
-        share = self._share(book.name)
-        if share is not None:
-            part = self._quota_parts(book.name, self.oracle.job_of.get(index), share.share.unit)[1]
-            if not share.fits(part, share.taken[1]):
-                return True
-        return book.budget is not None and book.budget < 1
+    def _is_spent(self, book: LaneBook, index: int, surely: bool = False) -> bool:
+        """Whether what a task is to use may not be there, or surely is not, and nobody could give it back."""
+        bound = 0 if surely else 1
+        lacking = any(
+            not allowance.fits(part[bound], allowance.taken[bound])
+            for allowance, part in zip(book.purse, self._parts(book, index), strict=True)
+        )
+        return self._is_lost(book, index, surely) or (lacking and not self._may_get_back(book))
+
+    def _is_lost(self, book: LaneBook, index: int, surely: bool = False) -> bool:
+        """Whether what a task is to use may be used up, or surely is, be it that all that is reserved came back.
+
+        A call that is made does not come back.
+        """
+        bound = 0 if surely else 1
+        lost = any(
+            not allowance.fits(part[bound], (allowance.taken if allowance.unit == "calls" else allowance.used)[bound])
+            for allowance, part in zip(book.purse, self._parts(book, index), strict=True)
+        )
+        return lost or (book.budget is not None and book.budget < 1 and not (surely and index in book.reserved))
+
+    def _may_get_back(self, book: LaneBook) -> bool:
+        """Whether a call that runs shares what a lane takes from."""
+        ours = set(map(id, book.purse))
+        return any(
+            other.running and not ours.isdisjoint(map(id, other.purse)) for other in self.books.values()
+        )
 
     def _ends(self, book: LaneBook, index: int, one: Try, well: bool | None) -> None:
         book.running.pop(index)
-        who, job = self._who(index), self.oracle.job_of.get(index)
-        recorded = None if job is None else self.oracle.may_have_recorded(job.call(self.number_of[index]), one)
-        revocable = self.oracle.may_be_revoked(one) and self.oracle.revoked > 0
+        who = self._who(index)
+        recorded = self.oracle.recorded(self.oracle.stories[index], one, self.number_of[index])
         for gate in (book.gate, self.lasting.shared):
-            gate.end(who, one.end_at, recorded, revocable)
-        share = self._share(book.name)
-        if share is not None:
-            share.end(who, recorded, revocable)
+            gate.end(who, one.end_at, recorded)
+        for allowance in book.purse:
+            allowance.end(who, one.usage)
         if book.breaker is not None:
             book.breaker.outcome(who, well)
 
@@ -255,7 +271,7 @@ class Replay:
     def _note_pause(self, gate: GateBook, story: Story, at: float, most: float) -> None:
         """A source has asked for a pause: it says for how long, or it is a backoff."""
         job = self.oracle.job_of.get(story.index)
-        after = None if job is None or self.oracle.vague else job.call(self.number_of[story.index]).retry_after
+        after = None if job is None else job.call(self.number_of[story.index]).retry_after
         if not after:
             longest = min(most, self._longest_wait(story, self._try(story))[0])
             gate.maybe_paused_until = max(gate.maybe_paused_until, at + longest)
@@ -278,13 +294,22 @@ class Replay:
         self._given_up(book, story)
 
     def _revoked(self, book: LaneBook, story: Story, event: Event) -> None:
-        """What it took counts as taken until the end: it is known too late to matter."""
+        """All that it took is given back."""
+        who = self._who(story.index)
+        for gate in (book.gate, self.lasting.shared):
+            gate.revoke(who, event.at)
+        for allowance in book.purse:
+            allowance.revoke(who)
+        if book.budget is not None:
+            book.budget += 1
 
     def _late(self, book: LaneBook, story: Story, event: Event) -> None:
         book.hanging -= 1
         book.hanging_at_most -= 1
 
     def _retry(self, book: LaneBook, story: Story, event: Event) -> None:
+        lost = self._is_lost(book, story.index, surely=True) and not self._is_mixed
+        self.claim(not lost, f"{event}: there is nothing left for it")
         if book.budget is not None:
             book.budget -= 1
             book.reserved.add(story.index)
@@ -336,7 +361,8 @@ class Replay:
         if result is None:
             return
         if result.reason == "budget_exhausted":
-            self.claim(self._is_spent(book, story.index), f"{event}: the budget is {book.budget}")
+            spent = self._is_spent(book, story.index) or self._is_mixed
+            self.claim(spent, f"{event}: the budget is {book.budget}, and of the rest {self._rest(book)}")
         elif result.reason == "breaker_open":
             self.claim(book.gives_up(event.at), f"{event}: nothing says that the lane is given up")
 
@@ -345,7 +371,8 @@ class Replay:
         last, retry = story.tries[-1], book.policy.retry
         over_at = math.inf if retry.timeout is None else story.tries[0].at + retry.timeout
         if waited:
-            reason = book.gives_up(event.at) or event.at >= over_at - EPS or self._is_spent(book, story.index)
+            spent = self._is_spent(book, story.index) or self._is_mixed
+            reason = book.gives_up(event.at) or event.at >= over_at - EPS or spent
             self.claim(reason, f"{event}: it waited to be tried again, and has no reason to end")
             late = event.at - over_at
             self.claim(late <= self.oracle.late, f"{event}: its time is over since {late}")
@@ -354,17 +381,21 @@ class Replay:
         if final or event.at + longest >= over_at - EPS:
             return
         self.claim(not self.stopped, f"{event}: what was to be tried again is cancelled by a stop")
-        self.claim(self._is_spent(book, story.index), f"{event}: final, though it could be tried again")
+        lost = self._is_lost(book, story.index) or self._is_mixed
+        self.claim(lost, f"{event}: final, though it could be tried again")
+
+    def _rest(self, book: LaneBook) -> str:
+        """What is left of what a lane takes from, in words."""
+        return ", ".join(f"{one.taken[1]} of {one.limit} {one.unit}" for one in book.purse) + " are taken"
 
     def _longest_wait(self, story: Story, last: Try) -> tuple[float, bool]:
         """How long it may be until it is tried again, and whether it is not to be at all."""
         retry, job = self.oracle.lane(story).retry, self.oracle.job_of.get(story.index)
         if last.error == "RateLimitError":
-            unknown = job is None or self.oracle.vague
-            after = None if job is None or unknown else job.call(self.number_of[story.index]).retry_after
+            after = None if job is None else job.call(self.number_of[story.index]).retry_after
             throttles = sum(one.error == last.error for one in story.tries)
             longest = after or min(retry.max_backoff, retry.backoff * retry.multiplier ** (throttles - 1))
-            return longest, unknown or longest > retry.max_retry_after
+            return longest, job is None or longest > retry.max_retry_after
         if last.error in ("ArithmeticError", "SystemExit"):
             return 0.0, True
         verdict = verdict_on(last.error, retry)
@@ -405,4 +436,14 @@ class Replay:
             and self.lasting.shared.lets_in(jobs[index].amount, at)
         ]
         if len(free) == len(fresh) + len(again):
-            self.claim(False, f"nothing starts at {at}, though {free} are ready and nothing stands in their way")
+            words = f"nothing starts at {at}, though {free} are ready and nothing stands in their way"
+            self.claim(not all(self._has(book, index) for index in free), words)
+            spent = all(self._is_spent(book, index, surely=True) for index in free)
+            self.claim(not spent, f"{free} wait at {at} for what nobody can give back")
+
+    def _has(self, book: LaneBook, index: int) -> bool:
+        """Whether all that a task is to use is surely there."""
+        return all(
+            allowance.fits(part[1], allowance.taken[1])
+            for allowance, part in zip(book.purse, self._parts(book, index), strict=True)
+        )

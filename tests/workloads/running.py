@@ -85,6 +85,7 @@ class Script:
         self._log = log
         self._jobs = {job.name: job for job in workload.jobs}
         self._calls: Counter[Any] = Counter()
+        self._throttled: Counter[Any] = Counter()       # calls that were no attempts
         self._given: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
         self._ahead: Counter[str] = Counter()
@@ -117,6 +118,14 @@ class Script:
         self._calls[name] += 1
         return self._jobs[name], self._calls[name]
 
+    def begin_late(self, item: Any) -> tuple[Job, int]:
+        """Do so where a call may have timed out, and another begun, before it comes to this."""
+        job = self._jobs[name_of(item)]
+        policy = self.workload.lanes[job.lane]
+        if (job.timeout, policy.timeout, policy.retry.timeout) == (None, None, None):
+            return self.begin(item)
+        return job, current_attempt().number + self._throttled[job.name]
+
     def note(self, call: Call, attempt: Callable[[], CurrentAttempt]) -> CancellationToken | None:
         """Record what the call uses; return what will tell it to end, where it looks at that."""
         if not (call.recorded or call.deaf):
@@ -134,6 +143,7 @@ class Script:
             self.cancel()
         call = job.call(number)
         if call.outcome == "throttled":
+            self._throttled[job.name] += 1
             raise RateLimitError(f"{job.name} {number}", call.retry_after)
         if call.outcome in ERRORS:
             raise ERRORS[call.outcome](f"{job.name} {number}")
@@ -198,6 +208,7 @@ class Scene:
         self.now = time.monotonic if clock is None else clock.now
         timed: dict[str, Any] = {} if clock is None else {"now_fn": clock.now, "sleep_fn": clock.sleep}
         self.shared = [RateLimiter(*workload.shared, **timed)] if workload.shared else []
+        self.quotas = {share: Quota(share.limit, unit=share.unit, now_fn=lambda: 0.0) for share in workload.quotas}
         log: list[Event] = []
         self.scripts = [Script(workload, number, log) for number in workload.runs]
 
@@ -228,7 +239,8 @@ class Scene:
         """Return what a scheduler of this workload takes beside its function."""
         workload = self.workload
         policy = next(iter(workload.lanes.values()))
-        policy = replace(policy, limits=[*policy.limits, *self.shared], stop=workload.stop)
+        limits = [*policy.limits, *self.shared]
+        policy = replace(policy, limits=limits, stop=workload.stop, quota=[*self.quotas.values()])
         lane_by = None if set(workload.lanes) <= {"default"} else self._lane_of
         options = {"policy": policy, "lane_by": lane_by, "on_event": self.scripts[0].listen}
         return {**options, "key": self._key_of} if workload.keyed else options
@@ -250,14 +262,13 @@ class Scene:
 
     def sources(self, fetch: Callable[[Query[Any]], Any]) -> list[Source]:
         """Return the sources of this workload."""
-        quotas = {share: Quota(share.limit, unit=share.unit, now_fn=lambda: 0.0) for share in self.workload.quotas}
         choosy = any(job.unsupported or job.bad for job in self.workload.jobs)
         return [
             Source(
                 name, fetch, [*policy.limits, *self.shared], policy.concurrency, policy.budget,
-                quotas.get(self.workload.share_of(name)), breaker=policy.breaker,       # type: ignore[arg-type]
+                [self.quotas[share] for share in self.workload.shares_of(name)], breaker=policy.breaker,
                 retry=policy.retry, timeout=policy.timeout, max_abandoned=policy.max_abandoned,
-                cost=self.workload.costs.get(name, 0.0), accepts=self._accepts if choosy else None,
+                cost=self.workload.cost_of(name), accepts=self._accepts if choosy else None,
             )
             for name, policy in self.workload.lanes.items()
         ]
@@ -323,7 +334,7 @@ def run_in_threads(workload: Workload) -> list[Seen]:
             time.sleep(call.seconds)
 
     try:
-        return _in_threads(Scene(workload), work, time.sleep)
+        return _in_threads(Scene(workload), work, time.sleep, Script.begin_late)
     finally:
         hung.set()
 
@@ -347,13 +358,16 @@ def run_in_virtual_threads(workload: Workload) -> list[Seen]:
         clock.sleep(LET_GO)
 
 
-def _in_threads(scene: Scene, work: Callable[[Call], object], sleep: Callable[[float], object]) -> list[Seen]:
+def _in_threads(
+    scene: Scene, work: Callable[[Call], object], sleep: Callable[[float], object],
+    begin: Callable[[Script, Any], tuple[Job, int]] = Script.begin,
+) -> list[Seen]:
     """Run it with the faces of threads; `work` does what a call does until its end."""
     workload = scene.workload
 
     def task(item: Any) -> Any:
         script = scene.script(item)
-        job, number = script.begin(item)
+        job, number = begin(script, item)
         token = script.note(job.call(number), current_attempt)
         work(job.call(number))
         return script.end(job, number, token)

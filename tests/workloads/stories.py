@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qengine import Event, ExecutionPolicy
@@ -23,6 +24,8 @@ class Try:
     detail: str = ""        # of the answer
     then: str = ""          # "retry" or "throttled"
     delay: float = 0.0
+    usage: Mapping[str, float] = field(default_factory=dict)    # by unit, told at its end
+    revoked: bool = False   # no worker had picked it up when it was given up
 
     @property
     def failed(self) -> bool:
@@ -41,7 +44,6 @@ class Story:
     lane: str
     tries: list[Try] = field(default_factory=list)
     lates: int = 0
-    revoked: int = 0
     first_pos: int = -1
     result: Event | None = None
 
@@ -60,12 +62,17 @@ class Story:
 
     @property
     def counted(self) -> int:
-        """Attempts that count: those that were throttled do not."""
-        return sum(one.then != "throttled" for one in self.tries)
+        """Attempts that count: those that were throttled do not, nor those that nobody had begun with."""
+        return sum(one.then != "throttled" and not one.revoked for one in self.tries)
+
+    @property
+    def made(self) -> list[Try]:
+        """The calls that were made."""
+        return [one for one in self.tries if not one.revoked]
 
     @property
     def given_up(self) -> int:
-        return sum(one.ended in ("timeout", "given up") for one in self.tries)
+        return sum(one.ended in ("timeout", "given up") for one in self.made)
 
 
 class Reader:
@@ -112,6 +119,8 @@ class Reader:
 
     def _read(self, pos: int, event: Event, story: Story) -> None:
         last = story.last
+        ends = event.kind in ("answer", "timeout", "abandoned", "revoked")
+        self.claim((event.usage is not None) == ends, f"{event} tells of usage, or does not")
         shut = event.kind == "breaker_opened" and event.detail      # too many calls hang, seen some time later
         if event.kind not in ("late", "revoked") and not shut:
             self.claim(story.result is None, f"{event} comes after the result")
@@ -122,12 +131,16 @@ class Reader:
             if not story.tries:
                 story.first_pos = pos
             story.tries.append(Try(event.number, event.at))
-        elif event.kind in ("answer", "timeout", "abandoned"):
+        elif event.kind == "revoked":
+            self._read_revoked(event, story)
+        elif ends:
             if self.claim(story.running, f"{event} of nothing that runs"):
                 assert last is not None
                 self.claim(event.number == last.number, f"{event} is of another attempt")
                 ended = "given up" if event.kind == "abandoned" else event.kind
                 last.end_at, last.end_pos, last.ended, last.detail = event.at, pos, ended, event.detail
+                last.usage = event.usage or {}
+                self.claim(last.usage.get("calls") == 1.0, f"{event} is not of one call")
         elif event.kind in ("retry", "throttled"):
             if self.claim(last is not None and last.failed and not last.then, f"{event} after no failure"):
                 assert last is not None
@@ -137,11 +150,19 @@ class Reader:
         elif event.kind == "result":
             self.claim(not story.running, f"{event} of a task that runs")
             story.result = event
-        elif event.kind == "revoked":
-            story.revoked += 1
-            self.claim(story.revoked <= story.given_up, f"{event} of no attempt that was given up")
         elif event.kind == "late":
             story.lates += 1
             self.claim(story.lates <= story.given_up, f"{event} of no attempt that was given up")
         elif self.claim(event.kind == "breaker_opened", f"an unknown kind: {event}") and not shut:
             self.claim(last is not None and last.failed and last.end_at == event.at, f"{event} without a failure")
+
+    def _read_revoked(self, event: Event, story: Story) -> None:
+        """What is taken back is the last attempt, given up by a stop, and all that it was said to have used."""
+        last = story.last
+        known = last is not None and (last.ended, last.number, last.revoked) == ("given up", event.number, False)
+        if self.claim(known, f"{event} of no attempt that was given up"):
+            assert last is not None
+            self.claim(event.at >= last.end_at, f"{event} comes before it was given up")
+            taken_back = {unit: -used for unit, used in (event.usage or {}).items()}
+            self.claim(taken_back == last.usage, f"{event} takes back what was not used")
+            last.revoked = True
