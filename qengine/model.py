@@ -139,7 +139,7 @@ class Hop:
     """One source that a task was with, of several that could do it.
 
     `attempts` made there; `reason` why it went on: "failed", "error" or "timeout" with the `error`, "budget_exhausted"
-    or "breaker_open"; of the last one how the task ended.  Where it merely waited until an equal one took it over, there
+    or "breaker_open"; of the last one how the task ended.  Where it merely waited until an equal one took it over there
     was no hop.
     """
 

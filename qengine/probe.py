@@ -102,10 +102,11 @@ class Probe:
             return True
 
     def _failed(self, error: BaseException) -> None:
-        """Hold nothing for a probe that raised; raise again what is not for the log."""
-        self._answer = False
+        """Hold nothing for a probe that raised; what is no Exception is raised again, and no answer."""
         if not isinstance(error, Exception):
+            self._asked_at = -math.inf
             raise error
+        self._answer = False
         if not self._has_failed:
             self._has_failed = True
             _log.error("hold_while raised; it holds nothing, and this is reported no more", exc_info=error)

@@ -68,6 +68,10 @@ MEMORY = 500
 """Answers that the mean latency remembers.  It sets the pace: with 200, its noise alone brings refusals."""
 
 
+KNOWN_FOR = 600.0
+"""Seconds after which what a source has said counts no more; more where its answers take long."""
+
+
 class Judged(NamedTuple):
     """What latency was when it led to a decrease."""
 
@@ -145,10 +149,12 @@ class Feedback:
             setattr(other, name, getattr(self, name) - now + to)
         return other
 
-    @property
-    def is_as_new(self) -> bool:
-        """Whether a new one in its place would do the same from here on."""
-        return not self._answers and self._shrunk_at == -math.inf
+    def is_as_new(self, now: float) -> bool:
+        """Say whether a new one in its place would do the same from here on."""
+        if not self._answers and self._shrunk_at == -math.inf:
+            return True
+        heard_at = self._last_at if self._last_at < math.inf else -math.inf
+        return now - max(heard_at, self._shrunk_at) > max(KNOWN_FOR, 10.0 * self._mean)
 
     def ready_at(self, now: float) -> float:
         """Return when another attempt may start: `now` or before, else the instant."""
@@ -156,6 +162,8 @@ class Feedback:
 
     def started(self, now: float) -> None:
         """Say that an attempt starts."""
+        if self.is_as_new(now):
+            self.__init__(self._minimum, self._maximum)  # type: ignore[misc]  # what was known is too old
         if self._answers:
             interval = self._mean / self._window
             at_least = now - max(CATCH_UP, 0.1 * interval)  # a start that is a little late is made good

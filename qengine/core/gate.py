@@ -173,7 +173,7 @@ class Gate:
             and not self._watchers
             and not self._waiting
             and (self.breaker is None or (self.breaker.state is CLOSED and self.breaker.spotless))
-            and (self.feedback is None or self.feedback.is_as_new)
+            and (self.feedback is None or self.feedback.is_as_new(now))
             and all(limits.is_as_new(now) for limits in self._limit_sets if limits not in self._lent)
         )
 

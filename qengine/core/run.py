@@ -126,6 +126,7 @@ class Run:
         self._is_held_back = True  # until the probe has said something
         self._probe_at = -INF  # not to be asked again before
         self._probe_awaited_until = -INF
+        self._probe_alarm = 0
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._forget_at = LANES_KEPT  # with so many lanes, those that are as new are forgotten
@@ -167,7 +168,7 @@ class Run:
         if self._probe is not None and self._has_work(now):
             if now >= self._probe_at and not self._probe.pulling:
                 self._probe_awaited_until = now + PROBE_AWAITED
-                self._set_timer(self._probe_awaited_until, Timer.PROBE, None)
+                self._probe_alarm = self._set_timer(self._probe_awaited_until, Timer.PROBE, None)
                 return self._pull(self._probe, now)
             if self._is_held_back or self._probe_at <= now < self._probe_awaited_until:
                 places = 0
@@ -351,6 +352,7 @@ class Run:
         was_held = self._is_held_back and self._probe_at > -INF  # nobody was told of what went before its first word
         self._is_held_back = any(held for held, in probe.arrived)
         probe.arrived.clear()
+        self._timers.drop(self._probe_alarm)
         self._probe_at = now + PROBED_EVERY
         if self._is_held_back:
             self._set_timer(self._probe_at, Timer.PROBE, None)

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 import pytest
 
 from qengine.core import adaptive
-from qengine.core.adaptive import Feedback
+from qengine.core.adaptive import KNOWN_FOR, START, Feedback
 
 Call = tuple[bool, float]      # whether it is answered, and after how many seconds
 Step = tuple[float, float]      # from which instant on, and what
@@ -330,12 +330,34 @@ def test_at_the_maximum_only_the_limit_counts() -> None:
 def test_a_new_one_is_as_new_until_it_has_heard_something() -> None:
     feedback = Feedback(1, 8)
     feedback.started(0.0)
-    assert feedback.is_as_new
+    assert feedback.is_as_new(0.0)
     feedback.succeeded(0.0, 0.1, 1)
-    assert not feedback.is_as_new
+    assert not feedback.is_as_new(0.1)
     refused = Feedback(1, 8)
     refused.congested(0.0, 0.1)
-    assert not refused.is_as_new
+    assert not refused.is_as_new(0.1)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_was_heard_long_ago_counts_no_more(refused: bool) -> None:
+    feedback = Feedback(1, 40)
+    now = answer(feedback, 200)
+    if refused:
+        feedback.congested(now, now)
+    known = feedback.limit
+    assert known > START
+    feedback.started(now + KNOWN_FOR)
+    assert not feedback.is_as_new(now + KNOWN_FOR) and feedback.limit == known
+    assert feedback.is_as_new(now + KNOWN_FOR + 1.0)
+    feedback.started(now + KNOWN_FOR + 1.0)
+    assert feedback.limit == START
+
+
+def test_what_was_heard_counts_for_longer_where_answers_take_long() -> None:
+    feedback = Feedback(1, 40)
+    now = answer(feedback, 5, latency=KNOWN_FOR)
+    assert not feedback.is_as_new(now + 9 * KNOWN_FOR)
+    assert feedback.is_as_new(now + 11 * KNOWN_FOR)
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 300, 1500])
@@ -358,7 +380,7 @@ def test_a_twin_goes_on_as_the_original_on_another_clock(length: int) -> None:
     go_on(feedback, rng, 0.0, length)
     now = feedback._last_at if length else 0.0
     twin = feedback.twin(now, now + offset)
-    assert twin.is_as_new == feedback.is_as_new
+    assert twin.is_as_new(now + offset) == feedback.is_as_new(now)
     state = rng.getstate()
     ours = go_on(feedback, rng, now, 800)
     rng.setstate(state)
