@@ -12,7 +12,7 @@ import asyncio
 from _thread import _count  # of the threads that were started and run
 from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from .core.lane import Attempt, Lane
@@ -275,8 +275,9 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
     async def call(self, payload: P | Task[P]) -> V:
         """Call the function for one payload, under the same limits, and return its value.
 
-        From many tasks of a loop at once: all calls share the executor's concurrency and one budget.  Stop conditions
-        and keys are those of a run and do not apply.  A caller that is cancelled takes its call with it, and no other.
+        From many tasks of a loop at once: all calls share the executor's concurrency, and for as long as it lives one
+        budget; a cap for each day is a `Quota`.  Stop conditions and keys are those of a run and do not apply.  A
+        caller that is cancelled takes its call with it, and no other.
 
         Raises:
             The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
@@ -411,6 +412,33 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
     >>> asyncio.run(scheduler.run(range(60))).makespan
     59.5
     """
+
+    @overload
+    def __init__(
+        self,
+        fn_or_sources: Callable[[P], Awaitable[V]],
+        policy: ExecutionPolicy = ...,
+        *,
+        lane_by: Callable[[P], Any] | None = ...,
+        route_by: RouteBy = ...,
+        clock: VirtualClock | None = ...,
+        key: Callable[[P], Any] | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+        hold_while: HoldWhile | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: AsyncTaskScheduler[Any, Any],
+        fn_or_sources: Sources,
+        policy: ExecutionPolicy = ...,
+        *,
+        route_by: RouteBy = ...,
+        clock: VirtualClock | None = ...,
+        key: Callable[[Any], Any] | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+        hold_while: HoldWhile | None = ...,
+    ) -> None: ...
 
     def __init__(
         self,

@@ -213,7 +213,7 @@ def seen(lane: Lane) -> SourceReport:
     alike = lane.calls - lane.running - lane.singled_out  # calls that are over, and have used what any does
     report.calls = lane.calls
     if alike > 0:
-        for unit, used in lane.tariff.used_by(1).items():
+        for unit, used in lane.used_by(1).items():
             report.usage[unit] = report.usage.get(unit, 0.0) + used * alike
     return report
 

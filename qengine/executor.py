@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from threading import Lock
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 
 from .core.gate import Gate
 from .core.lane import LANES_KEPT, Attempt, Feed, FeedKind, Lane, handful_of
@@ -414,9 +414,9 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
     def call(self, payload: P | Task[P]) -> V:
         """Call the function for one payload, under the same limits, and return its value.
 
-        From many threads at once: all calls of one executor share its concurrency and one budget.  Stop conditions
-        and keys are those of a run and do not apply.  Costs a millisecond or two where no other call is under way,
-        for the threads of a call end with the last of them.
+        From many threads at once: all calls of one executor share its concurrency, and for as long as it lives one
+        budget; a cap for each day is a `Quota`.  Stop conditions and keys are those of a run and do not apply.  Costs a
+        millisecond or two where no other call is under way, for the threads of a call end with the last of them.
 
         Raises:
             The task's error; BudgetExceededError, BreakerOpenError if it was not tried.
@@ -692,6 +692,33 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
     >>> [(hop.source, hop.reason) for hop in report.results[1].trail]
     [('free', 'budget_exhausted'), ('paid', 'succeeded')]
     """
+
+    @overload
+    def __init__(
+        self,
+        fn_or_sources: Callable[[P], V],
+        policy: ExecutionPolicy = ...,
+        *,
+        lane_by: Callable[[P], Any] | None = ...,
+        route_by: RouteBy = ...,
+        clock: VirtualClock | None = ...,
+        key: Callable[[P], Any] | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+        hold_while: HoldWhile | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: TaskScheduler[Any, Any],
+        fn_or_sources: Sources,
+        policy: ExecutionPolicy = ...,
+        *,
+        route_by: RouteBy = ...,
+        clock: VirtualClock | None = ...,
+        key: Callable[[Any], Any] | None = ...,
+        on_event: Callable[[Event], object] | None = ...,
+        hold_while: HoldWhile | None = ...,
+    ) -> None: ...
 
     def __init__(
         self,

@@ -153,11 +153,11 @@ class Hop:
 class TaskResult(Generic[P, V]):
     """What became of one task.
 
-    `attempts` counts the calls made that count; `usage` is what all calls made used, those that were throttled too, by
-    unit: "calls", and what each recorded (`current_attempt().record`), else what the task's `amount` names, and the
-    "cost" of its source.  `started_at` (seconds since the epoch) and `duration` (seconds) are the last attempt's, None
-    and 0.0 where there was none.  Of a task that several sources can do `source` is the last one, and `trail` has all
-    that it was with; of others the trail is empty.
+    `attempts` counts the calls made that count.  `usage` is by unit what all calls made used: "calls", those that were
+    throttled too, and what each recorded (`current_attempt().record`), else what the task's `amount` names and what
+    that costs at its source, but nothing where the source refused it by a `RateLimitError`.  `started_at` (seconds
+    since the epoch) and `duration` (seconds) are the last attempt's, None and 0.0 where there was none.  Of a task that
+    several sources can do `source` is the last one, and `trail` has all that it was with; of others the trail is empty.
     """
 
     task: Task[P]
@@ -184,7 +184,7 @@ class TaskResult(Generic[P, V]):
         if self.error is not None:
             raise self.error
         kind = _SKIP_ERRORS.get(self.reason, QEngineError)
-        raise kind(f"the task was {self.status.value}: {self.reason}")
+        raise kind(f"the task was {self.status.value}: {self.reason} ({self.source})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +268,11 @@ class Quantiles(Protocol):
     def quantile(self, q: float) -> float | None:
         """Return the seconds that a share `q` of the calls took at most; None if there were none."""
 
+    def copy(self) -> Any:
+        """Return a plain one that knows the same."""
+
     def merge(self, other: Any) -> None:
-        """Add the calls of another of the same kind."""
+        """Add the calls of a plain one."""
 
 
 class _Timed:
@@ -301,7 +304,8 @@ class SourceReport(_Timed):
     `p99` and `latency(q)` say how long each did, failed ones and those that were given up included, to within 1 %; None
     where there was none.  `first_at` and `last_at` are the instants of the first and last answer, in seconds since the
     run's start.  `remaining` is by unit what budgets and quotas had left at the end, the least where there are several;
-    `remaining_budget` the calls that it could still have made, None where nothing counts them.
+    `remaining_budget` the calls that it could still have made, None where nothing counts them.  Until it is first asked
+    for a latency it holds on to the run's results.
     """
 
     name: str
@@ -373,9 +377,9 @@ class SourceReport(_Timed):
         last = [at for at in (self.last_at, other.last_at) if at is not None]
         self.first_at, self.last_at = min(first, default=None), max(last, default=None)
         if self.times is None:
-            self.times = other.times
+            self.times = None if other.times is None else other.times.copy()
         elif other.times is not None:
-            self.times.merge(other.times)
+            self.times.merge(other.times.copy())
 
 
 _SUMS = (
@@ -524,8 +528,9 @@ class CollectionReport(RunReport[P, Any]):
 class Event:
     """One thing that happened in a run, at `at` seconds of its clock.
 
-    Every attempt has a "start" and one end: "answer", "timeout", "abandoned" (given up for another reason) or "revoked"
-    (given up, and no worker had begun with it, so that it does not count).  Each "result" is a task's.  The others:
+    Every attempt has a "start" and one end: "answer", "timeout" or "abandoned" (given up for another reason).  One that
+    was given up before a worker had begun with it is "revoked" after that: it does not count.  Each "result" is a
+    task's.  The others:
     "retry", "throttled", "rerouted" (to another source), "late" (the answer of a call that was given up),
     "breaker_opened", "concurrency" (an adaptive one has changed), "held" and "released" (all admission, by a probe),
     "stop".

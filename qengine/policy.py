@@ -336,7 +336,8 @@ class Adaptive:
     at once.  See `qengine/core/adaptive.py` for the algorithm and where it comes from.
 
     Args:
-        minimum, maximum: Attempts at once, at least and at most.
+        minimum, maximum: Attempts at once, at least and at most, in each run; runs of one executor or source share what
+            they have learned.
         quota_share: The share, in (0, 1], of what its budgets and quotas have left that may be in flight; one attempt
             may always be.
 
@@ -373,7 +374,7 @@ class ExecutionPolicy:
     """How a scheduler runs its tasks.
 
     Args:
-        concurrency: Attempts at once, for each lane; or `Adaptive`.
+        concurrency: Attempts at once, for each lane of each run (all calls by `call` are one run); or `Adaptive`.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
         batch_size: Tasks in a batch; None for no batches.
         batch_backoff: Seconds between the last result of a batch and the first start of the next.

@@ -48,6 +48,8 @@ class Probe:
             refuse_type("hold_while", hold_while, allowed)
         if not awaits:
             refuse_async("hold_while", hold_while, f"{allowed}, and no async one")
+        if not _takes_nothing(hold_while):
+            refuse_type("hold_while", hold_while, f"{allowed} and needs no argument")
         self._hold_while = hold_while
         self._clock = clock
         self._awaits = awaits
@@ -73,7 +75,7 @@ class Probe:
             try:
                 answer = self._hold_while()
                 check_value(answer)
-                self._answer = bool(answer)
+                self._answer = _word(answer)
             except BaseException as error:
                 self._failed(error)
             finally:
@@ -85,7 +87,7 @@ class Probe:
         if self._is_due():
             try:
                 answer: Any = self._hold_while()
-                self._answer = bool(await answer if hasattr(type(answer), "__await__") else answer)
+                self._answer = _word(await answer if hasattr(type(answer), "__await__") else answer)
             except BaseException as error:
                 self._failed(error)
             finally:
@@ -110,6 +112,24 @@ class Probe:
         if not self._has_failed:
             self._has_failed = True
             _log.error("hold_while raised; it holds nothing, and this is reported no more", exc_info=error)
+
+
+def _takes_nothing(fn: Callable[..., object]) -> bool:
+    """Say whether a function can be called without arguments, as far as it tells."""
+    try:
+        inspect.signature(fn).bind()
+    except TypeError:
+        return False
+    except ValueError:  # of a built-in one
+        return True
+    return True
+
+
+def _word(answer: object) -> bool:
+    """Return what an answer says; a function says nothing before it is called."""
+    if callable(answer):
+        raise TypeError(f"hold_while returned {answer!r}, allowed is True or False: is it to be called before?")
+    return bool(answer)
 
 
 class _Answers:

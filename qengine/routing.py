@@ -1,10 +1,10 @@
 """Which of several sources does a task: in the order in which they are named, or the cheapest first.
 
-By cost they are ranked by what the task would cost at each, by its amount, and of those that cost the same the free
-tier comes first: what has a budget or a quota, and is of no use to anybody if it is left over.  What is equal in that
-too shares the tasks: whichever is free first takes the next.  A task goes on to the next source when the one it is with
-has failed for good, has an open breaker or has nothing left that it may use; while one merely has to wait for its
-limits, the task waits.
+By cost they are ranked by what the task would cost at each, by its amount, or by price where that says nothing; of
+those that cost the same the free tier comes first: what has a budget or a quota, and is of no use to anybody if it is
+left over.  What is equal in that too shares the tasks: whichever is free first takes the next.  A task goes on to the
+next source when the one it is with has failed for good, has an open breaker or has nothing left that it may use; while
+one merely has to wait for its limits, the task waits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Router:
         routes = task.routes or self.names
         if task.prefer is not None and task.prefer not in routes:
             refuse("prefer", task.prefer, f"one of the routes: {', '.join(routes)}")
-        able = self._able(task, {name: lanes[name] for name in routes})
+        able = self._able(task, routes, lanes)
         asked: dict[str, Any] = {}
         try:
             for name in able:
@@ -74,16 +74,17 @@ class Router:
         return self._sent(attempt, able, asked)
 
     @staticmethod
-    def _able(task: Task[Any], lanes: dict[str, Lane]) -> dict[str, Lane]:
-        """Return the lanes that could ever have the amount of a task."""
+    def _able(task: Task[Any], routes: Sequence[str], lanes: Mapping[str, Lane]) -> dict[str, Lane]:
+        """Return the lanes that could ever have the amount of a task, of whatever any source counts."""
         if task.amount == 1:
-            return lanes
+            return {name: lanes[name] for name in routes}
         units = {unit for lane in lanes.values() for unit in lane.units}
-        able, refusal = {}, None
-        for name, lane in lanes.items():
+        able: dict[str, Lane] = {}
+        refusal = None
+        for name in routes:
             try:
-                lane.check(task.amount, units)
-                able[name] = lane
+                lanes[name].check(task.amount, units)
+                able[name] = lanes[name]
             except ValueError as error:
                 refusal = refusal or error
         if not able and refusal is not None:
@@ -115,10 +116,11 @@ class Router:
         return attempt
 
     @staticmethod
-    def _cost(lane: Lane, task: Task[Any]) -> tuple[float, bool, bool]:
-        """Return how a lane is ranked: by what is known of the cost beforehand, for its calls may say more."""
+    def _cost(lane: Lane, task: Task[Any]) -> tuple[float, float, bool, bool]:
+        """Return how a lane is ranked: by the cost that is known beforehand, else by price, for its calls say more."""
         is_bounded = lane.budget is not None or (lane.purse is not None and lane.purse.has_own)
-        return lane.tariff.used_by(task.amount).get("cost", 0.0), not lane.tariff.is_free, not is_bounded
+        tariff = lane.tariff
+        return lane.used_by(task.amount).get("cost", 0.0), tariff.price_of_one, not tariff.is_free, not is_bounded
 
 
 def _close(answers: Mapping[str, Any]) -> None:

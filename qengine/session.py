@@ -246,6 +246,7 @@ class _Recorded:
             if times is None:
                 times = found[name] = found.setdefault(name if name in self._names else OTHERS, Latencies())
             times.add(seconds)
+        self._records = ()  # not needed any more
         return found
 
 
@@ -274,8 +275,11 @@ class _Times:
     def quantile(self, q: float) -> float | None:
         return self._all.quantile(q)
 
-    def merge(self, other: _Times) -> None:
-        self._all.merge(other._all)
+    def copy(self) -> Latencies:
+        return self._all.copy()
+
+    def merge(self, other: Latencies) -> None:
+        self._all.merge(other)
 
 
 def _itself(times: Latencies) -> Latencies:
@@ -521,7 +525,7 @@ def _query_result(found: Found, wall_offset: float) -> TaskResult[Any, Any]:
         None,
         None,
         1,
-        {**lane.tariff.used_by(1), "calls": 1.0},
+        {**lane.used_by(1), "calls": 1.0},
         lane.name,
         found.started_at + wall_offset,
         found.ended_at - found.started_at,

@@ -39,13 +39,13 @@ class Source:
             called with a payload, and returns the value.  A plain function, which is called in a worker thread; for
             the twins under asyncio an async one.
         limits: `RateLimit`, `Window` and live `RateLimiter` objects; all of them hold.
-        concurrency: Calls at once; or `Adaptive`.
+        concurrency: Calls at once, in each run; or `Adaptive`.
         budget: Calls in one run; or what it may use in one by unit, as in {"calls": 100, "cost": 2.5}.  None for no
-            bound.  What else than calls a call uses is reserved, by its task's amount (of "cost", by what such a call
-            costs), and settled when it is over by what it has recorded.  So a budget is exceeded by no more than what
-            the calls in flight use beyond their amounts.  A task that finds too little left is SKIPPED as
-            `budget_exhausted`, a retry keeps the failure it had; one that may still get what calls in flight have
-            reserved waits for them.
+            bound.  What else than calls a call uses is reserved, by its task's amount (a number counts in every unit;
+            of "cost" it is what such a call costs), and settled when it is over by what it has recorded.  So a budget
+            is exceeded by no more than what the calls in flight use beyond their amounts.  A task that finds too little
+            left is SKIPPED as `budget_exhausted`, a retry keeps the failure it had; one that may still get what calls
+            in flight have reserved waits for them.
         quota: A live `Quota`, or several; None for none.  As a budget, of a period of the calendar: all who have the
             same one share it, and what others hold counts as used.  It goes by its own clock, also in a run on a
             VirtualClock: `now_fn=clock.wall_time` has its days pass.
@@ -89,12 +89,13 @@ class Source:
         self.limits = check_limits("limits", limits)
         self.concurrency = check_concurrency("concurrency", concurrency)
         self.budget = check_budget("budget", budget)
-        self.quotas = check_quota("quota", quota)
+        check_quota("quota", quota)
+        self.quota = quota
         self.breaker = breaker
         self.retry = require_kind("retry", retry, RetryPolicy)
         self.timeout = timeout
         self.accepts = accepts
-        self.tariff = Tariff(check_cost("cost", cost))
+        self.cost = check_cost("cost", cost)
         self.max_abandoned = max_abandoned
         refuse_async_predicate("retry.retry_on", retry)
         self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
@@ -122,10 +123,10 @@ class Source:
             retries_timeouts=timeout_verdict(self.retry),
             timeout=self.timeout,
             budget=calls_of(self.budget),
-            allowances=stage.allowances(self.budget, self.quotas),
+            allowances=stage.allowances(self.budget, check_quota("quota", self.quota)),
             pooled=pooled,
             max_abandoned=self.max_abandoned,
-            tariff=self.tariff,
+            tariff=Tariff(self.cost),
         )
 
     def _make_gate(self, clock: Clock) -> OwnedGate:

@@ -248,7 +248,7 @@ def test_a_refused_attempt_has_taken_nothing() -> None:
     second = Source("second", lambda query: [1], [RateLimit(per_hour=1, burst=2)], quota=quota)
     report = QueryExecutor([first, second], Flat(), clock=clock).run(range(3))
     assert report.success_count == 1 and report.skipped_count == 5
-    second.quotas = ()
+    second.quota = None
     report = QueryExecutor([second], Flat(), clock=clock).run(range(2))
     assert report.success_count == 2 and clock.now() == 0
 

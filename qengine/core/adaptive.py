@@ -150,9 +150,10 @@ class Feedback:
         return other
 
     def is_as_new(self, now: float) -> bool:
-        """Say whether a new one in its place would do the same from here on."""
-        if not self._answers and self._shrunk_at == -math.inf:
-            return True
+        """Say whether a new one in its place would do about the same: nothing has failed yet, or that was long ago."""
+        return self._shrunk_at == -math.inf or self._is_outdated(now)
+
+    def _is_outdated(self, now: float) -> bool:
         heard_at = self._last_at if self._last_at < math.inf else -math.inf
         return now - max(heard_at, self._shrunk_at) > max(KNOWN_FOR, 10.0 * self._mean)
 
@@ -162,7 +163,7 @@ class Feedback:
 
     def started(self, now: float) -> None:
         """Say that an attempt starts."""
-        if self.is_as_new(now):
+        if self._is_outdated(now):
             self.__init__(self._minimum, self._maximum)  # type: ignore[misc]  # what was known is too old
         if self._answers:
             interval = self._mean / self._window

@@ -17,7 +17,7 @@ from ..model import Amount, SourceReport, Task, TaskStatus
 from ..policy import Adaptive, RetryPolicy, adaptive_of
 from .gate import Gate
 from .latency import Latencies
-from .purse import Budget, Parts, Purse, Tariff
+from .purse import RECORDABLE, Budget, Parts, Purse, Tariff
 from .quota import Allowance, Hold
 from .route import Route
 
@@ -132,13 +132,13 @@ class Attempt:
         """What all calls used that were made for the task at the source where it is now."""
         trail = self.trail
         if trail is None and self.number == 1:
-            return {**self.lane.tariff.used_by(self.amount), "calls": 1.0}
+            return {**self.lane.used_by(self.amount), "calls": 1.0}
         recorded = [] if trail is None else trail.recorded
         calls = self.number if trail is None else self.number + trail.uncounted
         rest = calls - len(recorded)
-        usage = {unit: used * rest for unit, used in self.lane.tariff.used_by(self.amount).items()} if rest else {}
+        usage = {unit: used * rest for unit, used in self.lane.used_by(self.amount).items()} if rest else {}
         for one in recorded:
-            _add(usage, self.lane.tariff.used_by(self.amount, one))
+            _add(usage, self.lane.used_by(self.amount, one))
         usage["calls"] = float(calls)
         return usage
 
@@ -494,8 +494,8 @@ class Lane:
 
     @property
     def units(self) -> set[str]:
-        """What its limits, its allowances and its prices count; and money, where its calls cost something."""
-        return self.gate.units | self.tariff.units | (set() if self.purse is None else self.purse.units)
+        """What is counted of its calls: by its limits, its allowances, its prices, and everywhere."""
+        return self.gate.units | self.tariff.units | RECORDABLE | (set() if self.purse is None else self.purse.units)
 
     def check(self, amount: Amount, others: Set[str] = frozenset()) -> None:
         """Refuse an amount that could never be had, or of a unit that neither it nor others count."""
@@ -528,6 +528,10 @@ class Lane:
         """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""
         return math.inf if self.batch_started == self.batch_size else self.batch_at
 
+    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return what a call uses, by unit: what it has recorded, else what its amount names, else what any costs."""
+        return (self.tariff if self.purse is None else self.purse).used_by(amount, recorded)
+
     def took(self, seconds: float) -> None:
         """Note how long a call took, where no record says so."""
         if self.latencies is None:
@@ -537,7 +541,7 @@ class Lane:
     def count_usage(self, amount: Amount, recorded: Mapping[str, float] | None, calls: int = 1) -> None:
         """Count what a call used that may differ from others; `calls` is -1 to take that back."""
         self.singled_out += calls
-        _add(self.usage, self.tariff.used_by(amount, recorded), calls)
+        _add(self.usage, self.used_by(amount, recorded), calls)
 
     def report(self, begun_at: float) -> SourceReport:
         """Return what it counted in a run that began at that instant."""
@@ -547,7 +551,7 @@ class Lane:
         stats.last_at = None if self.last_answer is None else self.last_answer - begun_at
         usage = dict(self.usage)
         if self.calls > self.singled_out:
-            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.tariff.used_by(1).items()})
+            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.used_by(1).items()})
         stats.usage = {**usage, "calls": float(stats.calls)}
         stats.remaining = {} if self.purse is None else self.purse.remaining
         if self.budget is not None:

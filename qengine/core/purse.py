@@ -14,6 +14,9 @@ from ..model import Amount
 from .limits import part_of
 from .quota import Allowance, Hold, Ledger
 
+RECORDABLE = frozenset({"cost", "tokens"})
+"""Units that are counted everywhere; others are those of limits, allowances and prices."""
+
 Parts = Sequence[float]
 """How much of each allowance a call is, in their order."""
 
@@ -34,8 +37,13 @@ class Tariff:
 
     @property
     def units(self) -> set[str]:
-        """What has a price; and "cost", unless it is free."""
-        return set(self._prices) if self.is_free else {*self._prices, "cost"}
+        """What has a price."""
+        return set(self._prices)
+
+    @property
+    def price_of_one(self) -> float:
+        """What a call costs that uses one of each unit that has a price: which of two is dearer by what is known."""
+        return self._per_call + sum(self._prices.values())
 
     @property
     def is_free(self) -> bool:
@@ -87,12 +95,13 @@ class Purse:
             back whose calls are free, as far as is known.
     """
 
-    __slots__ = ("_is_free", "_pooled_cost", "_tariff", "allowances", "has_own")
+    __slots__ = ("_is_free", "_pooled_cost", "_tariff", "_units_beside", "allowances", "has_own")
 
     def __init__(self, allowances: Sequence[Allowance], tariff: Tariff, pooled: Sequence[Allowance] = ()) -> None:
         self.allowances = (*allowances, *pooled)
         self.has_own = bool(allowances)
         self._tariff = tariff
+        self._units_beside = self.units - {"calls", "cost"}
         self._is_free = tariff.is_free
         self._pooled_cost = frozenset(allowance for allowance in pooled if allowance.unit == "cost")
 
@@ -102,11 +111,21 @@ class Purse:
         return {allowance.unit for allowance in self.allowances}
 
     def parts(self, amount: Amount) -> Parts:
-        """Return how much of each allowance an amount is; of money, unless it says so, what such a call costs."""
-        return [self._part(amount, allowance.unit) for allowance in self.allowances]
+        """Return how much of each allowance an amount is: of a budget of calls one, of all else what it would use."""
+        used = self.used_by(amount)
+        return [
+            used.get(allowance.unit, 0.0) if allowance.unit != "calls" else self._calls(allowance, amount)
+            for allowance in self.allowances
+        ]
 
-    def _part(self, amount: Amount, unit: str) -> float:
-        return self._tariff.used_by(amount).get("cost", 0.0) if unit == "cost" else part_of(amount, unit)
+    @staticmethod
+    def _calls(allowance: Allowance, amount: Amount) -> float:
+        return 1.0 if isinstance(allowance, Budget) else part_of(amount, "calls")
+
+    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return what a call uses, by unit: as its tariff says; a number counts in every unit that is counted here."""
+        named = amount if isinstance(amount, Mapping) else dict.fromkeys(self._units_beside, amount)
+        return self._tariff.used_by(named, recorded)
 
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
@@ -161,10 +180,6 @@ class Purse:
         """Take back what was reserved, settled or not: it was never made use of."""
         for allowance, hold in zip(self.allowances, holds, strict=False):  # fewer where one was refused
             allowance.undo(hold)
-
-    def shares_with(self, other: Purse) -> bool:
-        """Say whether what one gives back may be what the other waits for."""
-        return other is self or not set(map(id, self.allowances)).isdisjoint(map(id, other.allowances))
 
     @property
     def remaining(self) -> dict[str, float]:

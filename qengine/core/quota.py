@@ -112,7 +112,8 @@ class Ledger:
     def remaining(self) -> float:
         """What is neither reserved nor used; below 0 after an overrun."""
         period = self.period
-        return self.limit - period.used - period.reserved
+        left = self.limit - period.used - period.reserved
+        return 0 if abs(left) <= self.limit * ROUNDING else left
 
     @property
     def unused(self) -> float:

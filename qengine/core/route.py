@@ -33,10 +33,11 @@ class Route:
             their tasks.
     """
 
-    __slots__ = ("attempts", "hops", "ranks", "usage")
+    __slots__ = ("attempts", "hops", "is_offered", "ranks", "usage")
 
     def __init__(self, ranks: dict[Any, tuple[Any, ...]]) -> None:
         self.ranks = ranks
+        self.is_offered = False  # whether the others know that it waits where it is
         self.hops: list[Hop] = []
         self.attempts = 0  # made at the sources that it has left
         self.usage: dict[str, float] = {}  # of those

@@ -19,19 +19,20 @@ After `Wait(t)`, `next(t)` makes progress.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
 from ..errors import TaskError, TaskTimeoutError
-from ..model import OTHERS, Event, Hop, SourceReport, Task, TaskStatus
+from ..model import OTHERS, Amount, Event, Hop, SourceReport, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
 from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane, Rank
 from .purse import Parts, Purse
+from .quota import Allowance
 from .route import Route, Standing, refuse_routes
 from .steps import DONE, Cancel, Raised, Step, Wait
 from .stops import StopRule
@@ -137,6 +138,7 @@ class Run:
         self._index = 0
         self._keys: set[Any] = set()
         self._is_routed = False  # whether there are tasks that several sources can do
+        self._in_flight: Counter[Allowance] = Counter()  # calls that may give something back to an allowance
         self._short: dict[Lane, None] = {}  # lanes that wait for what calls may give back
         self._smooth: dict[Lane, None] = {}  # lanes that have nothing but turns like most: see `turn`
         self._steps: deque[Step] = deque()
@@ -209,8 +211,9 @@ class Run:
         if self._may_go_on(lane):
             self._activate(lane)
         used = None
-        if attempt.view is not None or not attempt.is_plain:
-            used = self._count_usage(attempt)
+        is_refused = type(outcome) is Raised and outcome.throttled
+        if attempt.view is not None or not attempt.is_plain or is_refused:
+            used = self._count_usage(attempt, is_refused=is_refused)
             attempt.view = None  # what it records from now on comes too late
         if self._emit is not None:
             self._tell_end("answer", now, attempt, _outcome_word(outcome), used)
@@ -437,7 +440,7 @@ class Run:
         if lane.budget is not None:
             lane.budget += 1
         attempt.number -= 1
-        if isinstance(attempt.amount, Mapping):
+        if _is_singular(attempt.amount):
             lane.count_usage(attempt.amount, None, -1)
         lane.gate.revoke(attempt.amount)
         if lane.purse is not None:
@@ -592,7 +595,7 @@ class Run:
             heappush(lane.heap, (attempt.rank, attempt))
         self._ruffle()
         self._activate(lane)
-        if route is not None:
+        if route is not None and lane.running + len(lane.fifo) + len(lane.heap) > lane.concurrency:
             self._offer(route)
 
     def _refused(self, attempt: Attempt, now: float) -> bool:
@@ -743,6 +746,8 @@ class Run:
                 until = self._ask_gates(lane, attempt, now)
                 if until > now:
                     lane.calm = None  # it has a task that goes before the bare payloads
+                    if self._is_routed:
+                        self._offer_once(attempt)
                     self._wake_at(lane, until, now)
                     return None
                 if attempt.status is not None:  # skipped
@@ -839,15 +844,13 @@ class Run:
                 gate.retract(attempt, attempt.amount)
             return self._ask_gates(lane, attempt, now)
         attempt.holds = holds
+        self._in_flight.update(purse.allowances)
         return now
 
     def _may_get_back(self, lane: Lane) -> bool:
         """Say whether a call that runs may give something back that a lane waits for."""
-        purse = lane.purse
-        return lane.running > 0 or any(
-            other.running and other.purse is not None and purse is not None and other.purse.shares_with(purse)
-            for other in self.lanes
-        )
+        assert lane.purse is not None
+        return any(self._in_flight[allowance] for allowance in lane.purse.allowances)
 
     def _look_again(self) -> None:
         """Have lanes that wait for what others may give back ask again."""
@@ -943,15 +946,25 @@ class Run:
         else:
             self._failed(attempt, error, raised.verdict, now)
 
-    def _count_usage(self, attempt: Attempt) -> Mapping[str, float] | None:
-        """Count what an attempt that is over used, where that is its own; return what it has recorded, if anything."""
-        amount, view = attempt.amount, attempt.view
+    def _count_usage(self, attempt: Attempt, *, is_refused: bool = False) -> Mapping[str, float] | None:
+        """Count what an attempt that is over used, where that is its own.
+
+        Args:
+            is_refused: The source did not take it: unless it has recorded otherwise, it has used nothing.
+
+        Returns:
+            What it has recorded, None for nothing.
+        """
+        amount, view, lane = attempt.amount, attempt.view, attempt.lane
         used = None
         if view is not None and view.used:  # as it is now: a call that was given up may go on recording
-            used = attempt.lane.tariff.completed(amount, view.used)
+            used = lane.tariff.completed(amount, view.used)
+        elif is_refused:
+            used = dict.fromkeys(lane.used_by(amount), 0.0)
+        if used is not None:
             attempt.remember().recorded.append(used)
-        if used is not None or isinstance(amount, Mapping):
-            attempt.lane.count_usage(amount, used)
+        if used is not None or _is_singular(amount):
+            lane.count_usage(amount, used)
         return used
 
     def _tell_gate(
@@ -960,6 +973,7 @@ class Run:
         gate, purse = attempt.lane.gate, attempt.lane.purse
         if purse is not None:
             purse.settle(attempt.holds, used)
+            self._in_flight.subtract(purse.allowances)
             self._look_again()
         if not gate.active:
             return
@@ -1152,20 +1166,30 @@ class Run:
 
     def _offer(self, route: Route) -> None:
         """Have the lanes that can do a task, and have none of their own, look at it where it waits."""
+        route.is_offered = True
         for lane in route.ranks:
             if not (lane.fifo or lane.heap):
                 self._activate(lane)
 
+    def _offer_once(self, attempt: Attempt) -> None:
+        """Offer a task that has to wait, but not to and fro: whoever takes it over waits with it."""
+        route = None if attempt.trail is None else attempt.trail.route
+        if route is not None and not route.is_offered:
+            self._offer(route)
+
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
         """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
-        for attempt in sorted(self._within_reach(lane, now), key=_by_turn):
-            if self._standing(lane, attempt, now) is Standing.NOW:
-                attempt.lane.take_out(attempt)
-                self._move(attempt, lane)
-                return attempt
+        if self._is_shut(lane, now):
             if lane.gate.breaker is not None:  # it takes the probe, when that is due
                 self._wake_at(lane, lane.gate.breaker.ready_at(now), now)
-        return None
+            return None
+        reachable = self._within_reach(lane, now)
+        takable = (other for other in reachable if self._standing(lane, other, now) is Standing.NOW)
+        attempt = min(takable, key=_by_turn, default=None)
+        if attempt is not None:
+            attempt.lane.take_out(attempt)
+            self._move(attempt, lane)
+        return attempt
 
     def _within_reach(self, lane: Lane, now: float) -> Iterator[Attempt]:
         """Give the tasks that wait in lanes which are no better for them, or shut, and that were not tried there."""
@@ -1229,7 +1253,7 @@ class Run:
         trail.begin()
         attempt.number = 0
         self._move(attempt, other)
-        self._offer(route)
+        route.is_offered = False
 
     def _move(self, attempt: Attempt, other: Lane) -> None:
         """Have a task that is in no queue wait in another lane, in its turn."""
@@ -1240,6 +1264,8 @@ class Run:
             if lane.delivered >= lane.resume_at:
                 self._resume(lane)
         other.taken += 1
+        if self._feed is not None and other.taken - other.delivered > other.full_at:
+            self._rest(other, self._feed)
         attempt.lane = other
         heappush(other.heap, (_by_turn(attempt), attempt))
         self._ruffle()
@@ -1337,7 +1363,8 @@ class Run:
         attempt.reason = reason
         attempt.duration = max(0.0, now - attempt.started_at)  # a worker that begins just now reads its clock later
         lane.busy_seconds += attempt.duration
-        lane.took(attempt.duration)
+        if attempt.is_begun:  # else it will turn out never to have been made
+            lane.took(attempt.duration)
         lane.last_given_up = now
         used = self._count_usage(attempt)
         if self._note is not None:
@@ -1469,7 +1496,7 @@ class Run:
         sign: int = 1,
     ) -> None:
         """Tell that an attempt is over, and what it used."""
-        used = attempt.lane.tariff.used_by(attempt.amount, recorded)
+        used = attempt.lane.used_by(attempt.amount, recorded)
         usage = {unit: sign * number for unit, number in used.items()}
         usage["calls"] = float(sign)
         if self._note is not None:
@@ -1482,6 +1509,11 @@ class Run:
                 self._note(Event(kind, now, detail=detail))
             else:
                 self._note(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+
+
+def _is_singular(amount: Amount) -> bool:
+    """Say whether a call of an amount uses something else than most."""
+    return isinstance(amount, Mapping) or amount != 1
 
 
 def _failure(error: BaseException) -> TaskStatus:

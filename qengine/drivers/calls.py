@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from ..core.lane import SLOW_PULL, Attempt, Feed
+from ..core.purse import RECORDABLE
 from ..core.steps import Raised
 from ..core.tree import NodeKey
 from ..errors import RateLimitError, refuse, refuse_type, require_at_least
@@ -32,9 +33,6 @@ _log = logging.getLogger(__name__)
 _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
 """Types of values that need no `check_value`."""
-
-RECORDABLE = frozenset({"cost", "tokens"})
-"""Units that every attempt may record; others are those of its limits and of its task's amount."""
 
 _READY = frozenset({tuple, Attempt, NodeKey})  # what `Feed.prepare` gives, where nothing of it is to be awaited
 
@@ -161,7 +159,8 @@ class CurrentAttempt:
         failure or its timeout, its limits are settled by it: what was reserved too much is given back at once, an
         overrun is a debt that is paid off before anything else is admitted.  A unit that is not recorded stays as
         reserved.  The usage of the result and the sums of the report are what was recorded; where nothing was, what
-        the task's `amount` names, and the `cost` of the source.
+        the task's `amount` names, and the `cost` of the source.  A call that raised `RateLimitError` and has recorded
+        nothing has used nothing.
 
         After the attempt was given up nothing that it records counts any more, and that is no error: the call cannot
         know.  From the attempt's own code; thread-safe.
@@ -190,7 +189,7 @@ class CurrentAttempt:
         if unit in RECORDABLE:
             return
         amount = self._attempt.amount
-        known = {*RECORDABLE, *self._attempt.lane.units, *(amount if isinstance(amount, Mapping) else ())}
+        known = {*self._attempt.lane.units, *(amount if isinstance(amount, Mapping) else ())}
         known.discard("calls")  # an attempt is one
         if unit not in known:
             refuse("unit", unit, f"one of {', '.join(sorted(known))}")

@@ -327,37 +327,31 @@ def test_at_the_maximum_only_the_limit_counts() -> None:
     assert feedback.ready_at(now) <= now
 
 
-def test_a_new_one_is_as_new_until_it_has_heard_something() -> None:
+def test_one_is_as_new_until_something_has_failed() -> None:
     feedback = Feedback(1, 8)
     feedback.started(0.0)
     assert feedback.is_as_new(0.0)
     feedback.succeeded(0.0, 0.1, 1)
-    assert not feedback.is_as_new(0.1)
-    refused = Feedback(1, 8)
-    refused.congested(0.0, 0.1)
-    assert not refused.is_as_new(0.1)
+    assert feedback.is_as_new(0.1)
+    feedback.congested(0.1, 0.2)
+    assert not feedback.is_as_new(0.2)
 
 
+@pytest.mark.parametrize("latency", [0.1, KNOWN_FOR])
 @pytest.mark.parametrize("refused", [False, True])
-def test_what_was_heard_long_ago_counts_no_more(refused: bool) -> None:
+def test_what_was_heard_long_ago_counts_no_more(refused: bool, latency: float) -> None:
     feedback = Feedback(1, 40)
-    now = answer(feedback, 200)
+    now = answer(feedback, 200, latency)
     if refused:
         feedback.congested(now, now)
     known = feedback.limit
     assert known > START
-    feedback.started(now + KNOWN_FOR)
-    assert not feedback.is_as_new(now + KNOWN_FOR) and feedback.limit == known
-    assert feedback.is_as_new(now + KNOWN_FOR + 1.0)
-    feedback.started(now + KNOWN_FOR + 1.0)
+    long = max(KNOWN_FOR, 10 * latency)     # for longer where answers take long
+    feedback.started(now + 0.99 * long)
+    assert feedback.limit == known and feedback.is_as_new(now + 0.99 * long) is not refused
+    assert feedback.is_as_new(now + 1.01 * long)
+    feedback.started(now + 1.01 * long)
     assert feedback.limit == START
-
-
-def test_what_was_heard_counts_for_longer_where_answers_take_long() -> None:
-    feedback = Feedback(1, 40)
-    now = answer(feedback, 5, latency=KNOWN_FOR)
-    assert not feedback.is_as_new(now + 9 * KNOWN_FOR)
-    assert feedback.is_as_new(now + 11 * KNOWN_FOR)
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 300, 1500])
