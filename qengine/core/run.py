@@ -1179,9 +1179,7 @@ class Run:
 
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
         """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
-        if self._is_shut(lane, now):
-            if lane.gate.breaker is not None:  # it takes the probe, when that is due
-                self._wake_at(lane, lane.gate.breaker.ready_at(now), now)
+        if self._is_shut(lane, now) and not self._reopens(lane, now):
             return None
         reachable = self._within_reach(lane, now)
         takable = (other for other in reachable if self._standing(lane, other, now) is Standing.NOW)
@@ -1190,6 +1188,17 @@ class Run:
             attempt.lane.take_out(attempt)
             self._move(attempt, lane)
         return attempt
+
+    def _reopens(self, lane: Lane, now: float) -> bool:
+        """Have a lane that is shut, and has nothing to do, look again when its breaker may let something through."""
+        breaker = lane.gate.breaker
+        if breaker is None:
+            return False
+        ready_at = breaker.ready_at(now)
+        if ready_at < INF:
+            self._wake_at(lane, ready_at, now)
+            return False
+        return self._watches(lane, INF) and not self._is_shut(lane, now)  # a probe of another run is out
 
     def _within_reach(self, lane: Lane, now: float) -> Iterator[Attempt]:
         """Give the tasks that wait in lanes which are no better for them, or shut, and that were not tried there."""
