@@ -292,7 +292,7 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
             book.forget_idle()
         lane = book.lane(self.lane_key(task.payload))
         if calls is None:
-            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event, self.probe)
+            calls = self._calls[loop] = _AsyncCalls(self.stage, book, self._on_event, self.probe, self.quotas)
         calls.pending += 1
         try:
             return await calls.call(task, lane, self)  # type: ignore[no-any-return]

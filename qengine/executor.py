@@ -26,7 +26,7 @@ from .errors import optional, refuse, require_callable, require_kind
 from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
-from .policy import ExecutionPolicy, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
+from .policy import ExecutionPolicy, LiveQuota, StopConditions, adaptive_of, calls_of, check_quota, refuse_beyond_budget
 from .probe import HoldWhile, Probe
 from .routing import RouteBy, Router, Sources, make_router
 from .session import (
@@ -240,6 +240,7 @@ class FunctionFace(Reporting, Generic[P, V]):
             feed=feed,
             data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
             probe=self.probe_on(stage),
+            quotas=self.quotas,
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),
@@ -287,8 +288,11 @@ class FunctionFace(Reporting, Generic[P, V]):
         """Return what makes an attempt of an input, with its route; user code runs in it."""
         lanes, key = book.of(router.names), self._key
         first = next(iter(lanes.values()))
+        has_choice = key is not None or router.has_choice
 
         def send(item: Any) -> Any:
+            if not has_choice and not isinstance(item, Task):
+                return first, item
             task = item if isinstance(item, Task) else Task(item)
             attempt = Attempt(task.payload, task, first)
             try:
@@ -306,6 +310,12 @@ class FunctionFace(Reporting, Generic[P, V]):
         """Return what the lanes of a run take from together: of one function each has its own."""
         policy = self.policy
         return [] if self._router is None else stage.pooled(policy.budget, check_quota("quota", policy.quota))
+
+    @property
+    def quotas(self) -> list[LiveQuota]:
+        """The quotas of the policy, and of the sources."""
+        sources = () if self._router is None else self._router.sources.values()
+        return [*check_quota("quota", self.policy.quota), *(quota for source in sources for quota in source.quotas)]
 
     def make_lane(
         self,
@@ -433,7 +443,7 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
                         lane.callers -= 1
                         continue
                     if self._calls is None or self._calls.session.crew.over:
-                        self._calls = _Calls(self.stage, self._calls_book, self._on_event, self.probe)
+                        self._calls = _Calls(self.stage, self._calls_book, self._on_event, self.probe, self.quotas)
                     calls = self._calls
                     calls.pending += 1
             return calls.call(task, lane, self)  # type: ignore[no-any-return]
@@ -511,6 +521,7 @@ class Calls:
         book: LaneBook,
         on_event: Callable[[Event], object] | None,
         probe: Probe | None,
+        quotas: Iterable[LiveQuota],
     ) -> None:
         self.pending = 0
         self.book = book
@@ -528,6 +539,7 @@ class Calls:
             feed=self.feed,
             deliver=self._deliver,
             probe=probe,
+            quotas=quotas,
             on_event=on_event,
             tally=book.tally,
         )

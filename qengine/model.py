@@ -173,6 +173,16 @@ class TaskResult(Generic[P, V]):
     trail: tuple[Hop, ...] = ()
 
     @property
+    def cost(self) -> float:
+        """The usage of the unit "cost": what all calls made for it cost."""
+        return self.usage.get("cost", 0.0)
+
+    @property
+    def tokens(self) -> float:
+        """The usage of the unit "tokens"."""
+        return self.usage.get("tokens", 0.0)
+
+    @property
     def ok(self) -> bool:
         """Whether it succeeded."""
         return self.status is TaskStatus.SUCCEEDED

@@ -113,6 +113,8 @@ def check_limits(name: str, limits: object) -> tuple[Limit, ...]:
     return tuple(limits)
 
 
+_UNITS = ("calls", "tokens", "cost")
+
 Budgets = int | Mapping[str, float]
 """Attempts, or what may be used by unit."""
 
@@ -125,14 +127,24 @@ def check_budget(name: str, budget: object) -> Budgets | None:
     if not budget:
         refuse(name, budget, "None for no budget, or one or more units")
     for unit, limit in budget.items():
-        if not require_kind(f"a unit of {name}", unit, str):
-            refuse(f"a unit of {name}", unit, "a word that is not empty")
+        _check_unit(name, unit)
         where = f"{name}[{unit!r}]"
         if unit == "calls":
             require_count(where, limit, 0)
         else:
             require_at_least(where, limit, 0.0)
     return dict(budget)
+
+
+def _check_unit(name: str, unit: object) -> None:
+    """Refuse what is no unit, or almost one of those that are counted everywhere: it would count nothing, unnoticed."""
+    if not require_kind(f"a unit of {name}", unit, str):
+        refuse(f"a unit of {name}", unit, "a word that is not empty")
+    if unit not in _UNITS:
+        from difflib import get_close_matches
+
+        for meant in get_close_matches(str(unit), _UNITS, 1, 0.8):
+            refuse(f"a unit of {name}", unit, f"{meant!r}, or a word that is not so much like it")
 
 
 def calls_of(budget: Budgets | None) -> int | None:
@@ -145,7 +157,8 @@ def check_cost(name: str, cost: object) -> float | Mapping[str, float]:
     if not isinstance(cost, Mapping):
         return require_at_least(name, cost, 0.0)
     for unit, price in cost.items():
-        if not require_kind(f"a unit of {name}", unit, str) or unit == "cost":
+        _check_unit(name, unit)
+        if unit == "cost":
             refuse(f"a unit of {name}", unit, "what has a price, such as 'calls' or 'tokens'")
         require_at_least(f"{name}[{unit!r}]", price, 0.0)
     return cost

@@ -153,6 +153,7 @@ class HierarchyFace(Reporting):
             tree=tree,
             width=self.concurrency,
             probe=self.probe_on(stage),
+            quotas=[quota for source in self.sources for quota in source.quotas],
             on_event=self._on_event,
             cancel=cancel,
             tally=self.tally_on(stage),

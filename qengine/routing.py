@@ -44,6 +44,11 @@ class Router:
         """The names of the sources."""
         return list(self.sources)
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether there is more than one thing to do with a payload."""
+        return len(self.sources) > 1 or any(source.accepts is not None for source in self.sources.values())
+
     def send(self, attempt: Attempt, lanes: Mapping[str, Lane]) -> Attempt | Awaitable[Attempt]:
         """Give a task its route; an awaitable where a source's `accepts` is async.  Runs that user code.
 
@@ -119,8 +124,8 @@ class Router:
     def _cost(lane: Lane, task: Task[Any]) -> tuple[float, float, bool, bool]:
         """Return how a lane is ranked: by the cost that is known beforehand, else by price, for its calls say more."""
         is_bounded = lane.budget is not None or (lane.purse is not None and lane.purse.has_own)
-        tariff = lane.tariff
-        return lane.used_by(task.amount).get("cost", 0.0), tariff.price_of_one, not tariff.is_free, not is_bounded
+        tariff, named = lane.tariff, task.amount if isinstance(task.amount, Mapping) else {}
+        return tariff.used_by(named).get("cost", 0.0), tariff.price_of_one, not tariff.is_free, not is_bounded
 
 
 def _close(answers: Mapping[str, Any]) -> None:

@@ -311,6 +311,7 @@ class Session:
         records: list[Record] | None = None,
         deliver: Callable[[Attempt | None], object] | None = None,
         probe: Probe | None = None,
+        quotas: Iterable[LiveQuota] = (),
         on_event: Callable[[Event], object] | None = None,
         cancel: CancellationToken | None = None,
         nested: bool = True,
@@ -327,9 +328,8 @@ class Session:
         self.clock = clock
         self._teller = Teller(on_event, self._interrupted, logs=tally is not None)
         self.interruption: KeyboardInterrupt | None = None
-        paid_from = [allowance for lane in lanes if lane.purse is not None for allowance in lane.purse.allowances]
-        accounts = [account for account in dict.fromkeys(paid_from) if isinstance(account, Account)]
-        self._accounts = [account for account in accounts if account.has_alerts]
+        accounts = dict.fromkeys(map(stage.account, quotas))
+        self._accounts = [account for account in accounts if isinstance(account, Account) and account.has_alerts]
         self._make_report = make_report
         self._aborted: str | None = None
         self._tally = tally
@@ -507,7 +507,7 @@ def _make_results(records: Iterable[Record], wall_offset: float) -> Iterator[Tas
             yield _query_result(record, wall_offset)
         elif isinstance(record, tuple):
             payload, value, source, started_at, duration = record
-            # A bare payload, not a query: no source has a price on it.
+            # A bare payload, not a query, of a lane that counts nothing else.
             usage, at = {"calls": 1.0}, started_at + wall_offset
             yield made_result(
                 bare_task(payload), TaskStatus.SUCCEEDED, value, None, None, 1, usage, source, at, duration

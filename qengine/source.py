@@ -100,6 +100,11 @@ class Source:
         refuse_async_predicate("retry.retry_on", retry)
         self._gates: WeakKeyDictionary[Clock, Gate] = WeakKeyDictionary()
 
+    @property
+    def quotas(self) -> tuple[LiveQuota, ...]:
+        """Its quotas, be it none, one or several."""
+        return check_quota("quota", self.quota)
+
     def make_lane(
         self,
         stage: Stage,
@@ -123,7 +128,7 @@ class Source:
             retries_timeouts=timeout_verdict(self.retry),
             timeout=self.timeout,
             budget=calls_of(self.budget),
-            allowances=stage.allowances(self.budget, check_quota("quota", self.quota)),
+            allowances=stage.allowances(self.budget, self.quotas),
             pooled=pooled,
             max_abandoned=self.max_abandoned,
             tariff=Tariff(self.cost),

@@ -153,9 +153,16 @@ class Feedback:
         """Say whether a new one in its place would do about the same: nothing has failed yet, or that was long ago."""
         return self._shrunk_at == -math.inf or self._is_outdated(now)
 
+    def forgets(self, now: float) -> bool:
+        """Begin anew if what is known is too old; return whether it is."""
+        if not self._is_outdated(now):
+            return False
+        self.__init__(self._minimum, self._maximum)  # type: ignore[misc]
+        return True
+
     def _is_outdated(self, now: float) -> bool:
-        heard_at = self._last_at if self._last_at < math.inf else -math.inf
-        return now - max(heard_at, self._shrunk_at) > max(KNOWN_FOR, 10.0 * self._mean)
+        heard_at = max(self._last_at if self._last_at < math.inf else -math.inf, self._shrunk_at)
+        return heard_at > -math.inf and now - heard_at > max(KNOWN_FOR, 10.0 * self._mean)
 
     def ready_at(self, now: float) -> float:
         """Return when another attempt may start: `now` or before, else the instant."""
@@ -163,8 +170,6 @@ class Feedback:
 
     def started(self, now: float) -> None:
         """Say that an attempt starts."""
-        if self._is_outdated(now):
-            self.__init__(self._minimum, self._maximum)  # type: ignore[misc]  # what was known is too old
         if self._answers:
             interval = self._mean / self._window
             at_least = now - max(CATCH_UP, 0.1 * interval)  # a start that is a little late is made good

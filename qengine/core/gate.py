@@ -235,8 +235,16 @@ class Gate:
         self._wake_watchers()
         return opened
 
-    def adapt(self, started_at: float, now: float, running: int, *, congested: bool) -> bool:
-        """Tell an adaptive concurrency how an attempt ended; return whether it has changed.
+    def forgets(self, now: float) -> bool:
+        """Have an adaptive concurrency begin anew if what it knows is too old; return whether it does."""
+        feedback = self.feedback
+        if feedback is None:
+            return False
+        with self._lock:
+            return feedback.forgets(now)
+
+    def adapt(self, started_at: float, now: float, running: int, *, congested: bool) -> None:
+        """Tell an adaptive concurrency how an attempt ended.
 
         Args:
             running: Attempts in flight when it ended, itself included.
@@ -246,8 +254,9 @@ class Gate:
         assert feedback is not None
         with self._lock:
             if congested:
-                return feedback.congested(started_at, now)
-            return feedback.succeeded(started_at, now, running)
+                feedback.congested(started_at, now)
+            else:
+                feedback.succeeded(started_at, now, running)
 
     def revoke(self, amount: Amount) -> None:
         """Give back what an attempt took that was never made."""

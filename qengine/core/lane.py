@@ -17,7 +17,7 @@ from ..model import Amount, SourceReport, Task, TaskStatus
 from ..policy import Adaptive, RetryPolicy, adaptive_of
 from .gate import Gate
 from .latency import Latencies
-from .purse import RECORDABLE, Budget, Parts, Purse, Tariff
+from .purse import RECORDABLE, Budget, Purse, Tariff
 from .quota import Allowance, Hold
 from .route import Route
 
@@ -333,6 +333,7 @@ class Lane:
         "growth",
         "guarded",
         "heap",
+        "is_bare",
         "handful",
         "has_budget",
         "joined",
@@ -399,6 +400,7 @@ class Lane:
         # One hung call must not end a lane of one: so at least two.
         self.max_abandoned = max(2, most) if max_abandoned is None else max_abandoned
         self.tariff = tariff
+        self.is_bare = self.purse is None and tariff.is_free  # a bare payload uses nothing but a call
         self.handful = handful_of(lookahead)
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
         # Whether a start changes more than a count.
@@ -442,15 +444,6 @@ class Lane:
         self.nodes: list[tuple[Rank, int, Any]] = []  # nodes to ask about, and feeds of queries begun
         self.growth: deque[Feed] = deque()  # feeds of children and of following queries
         self.pulling: Feed | None = None
-
-    def has_share(self, parts: Parts) -> bool:
-        """Say whether another call would leave no more in flight than may be of what is left."""
-        if self.adaptive is None or not self.running:
-            return True
-        share = self.adaptive.quota_share
-        if self.budget is not None and self.running + 1 > share * (self.budget + self.running):
-            return False
-        return self.purse is None or self.purse.is_within(parts, share)
 
     @property
     def load(self) -> float:
@@ -530,7 +523,14 @@ class Lane:
 
     def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
         """Return what a call uses, by unit: what it has recorded, else what its amount names, else what any costs."""
-        return (self.tariff if self.purse is None else self.purse).used_by(amount, recorded)
+        return self.tariff.used_by(self._named(amount), recorded)
+
+    def completed(self, amount: Amount, recorded: Mapping[str, float]) -> dict[str, float]:
+        """Return what a call has recorded, with what that costs where it has a price."""
+        return self.tariff.completed(self._named(amount), recorded)
+
+    def _named(self, amount: Amount) -> Amount:
+        return amount if self.purse is None else self.purse.named(amount)
 
     def took(self, seconds: float) -> None:
         """Note how long a call took, where no record says so."""

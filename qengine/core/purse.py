@@ -101,7 +101,7 @@ class Purse:
         self.allowances = (*allowances, *pooled)
         self.has_own = bool(allowances)
         self._tariff = tariff
-        self._units_beside = self.units - {"calls", "cost"}
+        self._units_beside = sorted(self.units - {"calls", "cost"})
         self._is_free = tariff.is_free
         self._pooled_cost = frozenset(allowance for allowance in pooled if allowance.unit == "cost")
 
@@ -112,7 +112,7 @@ class Purse:
 
     def parts(self, amount: Amount) -> Parts:
         """Return how much of each allowance an amount is: of a budget of calls one, of all else what it would use."""
-        used = self.used_by(amount)
+        used = self._tariff.used_by(self.named(amount))
         return [
             used.get(allowance.unit, 0.0) if allowance.unit != "calls" else self._calls(allowance, amount)
             for allowance in self.allowances
@@ -122,10 +122,9 @@ class Purse:
     def _calls(allowance: Allowance, amount: Amount) -> float:
         return 1.0 if isinstance(allowance, Budget) else part_of(amount, "calls")
 
-    def used_by(self, amount: Amount, recorded: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Return what a call uses, by unit: as its tariff says; a number counts in every unit that is counted here."""
-        named = amount if isinstance(amount, Mapping) else dict.fromkeys(self._units_beside, amount)
-        return self._tariff.used_by(named, recorded)
+    def named(self, amount: Amount) -> Mapping[str, float]:
+        """Return an amount by unit: a number counts in every unit that is counted here."""
+        return amount if isinstance(amount, Mapping) else dict.fromkeys(self._units_beside, amount)
 
     def check(self, amount: Amount) -> None:
         """Refuse an amount that could never be had."""
@@ -149,10 +148,15 @@ class Purse:
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 
-    def is_within(self, parts: Parts, share: float) -> bool:
-        """Say whether with this call no more would be reserved than a share of what has not been used."""
+    def is_within(self, parts: Parts, share: float, in_flight: Mapping[Allowance, int]) -> bool:
+        """Say whether with this call no more would be reserved than a share of what has not been used.
+
+        `in_flight`: calls that an allowance has reserved something for.  Where there are none, one may always be.
+        """
         return all(
-            not part or allowance.unused - allowance.remaining + part <= share * allowance.unused
+            not part
+            or not in_flight[allowance]
+            or allowance.unused - allowance.remaining + part <= share * allowance.unused
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -33,14 +34,25 @@ class Route:
             their tasks.
     """
 
-    __slots__ = ("attempts", "hops", "is_offered", "ranks", "usage")
+    __slots__ = ("_taken_over", "_taken_over_at", "attempts", "hops", "is_offered", "ranks", "usage")
 
     def __init__(self, ranks: dict[Any, tuple[Any, ...]]) -> None:
         self.ranks = ranks
+        self._taken_over_at = -math.inf
+        self._taken_over = 0  # how many times at that instant
         self.is_offered = False  # whether the others know that it waits where it is
         self.hops: list[Hop] = []
         self.attempts = 0  # made at the sources that it has left
         self.usage: dict[str, float] = {}  # of those
+
+    def may_be_taken_over(self, now: float) -> bool:
+        """Say whether it was not to and fro already, in this instant."""
+        return self._taken_over_at != now or self._taken_over < len(self.ranks)
+
+    def was_taken_over(self, now: float) -> None:
+        """Note that a source with nothing to do has taken it from another."""
+        self._taken_over = self._taken_over + 1 if self._taken_over_at == now else 1
+        self._taken_over_at = now
 
     def leave(self, hop: Hop, usage: Mapping[str, float]) -> None:
         """Note that the task goes on from where it is, and what it has used there."""

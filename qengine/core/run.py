@@ -287,6 +287,7 @@ class Run:
         if (
             not self._watched
             and not lane.accounts
+            and lane.is_bare
             and not lane.heap
             and not lane.fifo
             and not lane.abandoned
@@ -802,6 +803,10 @@ class Run:
 
     def _ask_gates(self, lane: Lane, attempt: Attempt, now: float) -> float:
         """Return `now` or before if all say yes, or if the task was skipped; else when to ask again."""
+        if lane.adaptive is not None and lane.gate.forgets(now):
+            self._take_over_limit(lane, attempt, now)
+            if lane.running >= lane.concurrency:
+                return INF
         if self._tree is not None and (until := self._tree.hold_until(lane, attempt)) > now:
             return until
         gate, trail = lane.gate, attempt.trail
@@ -828,9 +833,9 @@ class Run:
             self._offer(trail.route)  # another may be back before
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
-        if not lane.has_share(parts):
+        if lane.adaptive is not None and not self._has_share(lane, lane.adaptive.quota_share, parts):
             self._short[lane] = None
-            return INF  # one of its calls runs, and will end
+            return INF  # a call runs, and will end
         until = now
         if gate.active:
             amount = 1 if attempt.task is None else attempt.task.amount
@@ -851,6 +856,12 @@ class Run:
         """Say whether a call that runs may give something back that a lane waits for."""
         assert lane.purse is not None
         return any(self._in_flight[allowance] for allowance in lane.purse.allowances)
+
+    def _has_share(self, lane: Lane, share: float, parts: Parts) -> bool:
+        """Say whether with another call no more would be in flight than a share of what is left; one always may be."""
+        if lane.budget is not None and lane.running and lane.running + 1 > share * (lane.budget + lane.running):
+            return False
+        return lane.purse is None or lane.purse.is_within(parts, share, self._in_flight)
 
     def _look_again(self) -> None:
         """Have lanes that wait for what others may give back ask again."""
@@ -958,7 +969,7 @@ class Run:
         amount, view, lane = attempt.amount, attempt.view, attempt.lane
         used = None
         if view is not None and view.used:  # as it is now: a call that was given up may go on recording
-            used = lane.tariff.completed(amount, view.used)
+            used = lane.completed(amount, view.used)
         elif is_refused:
             used = dict.fromkeys(lane.used_by(amount), 0.0)
         if used is not None:
@@ -987,10 +998,14 @@ class Run:
         lane = attempt.lane
         if lane.adaptive is None:
             return
-        changed = lane.gate.adapt(attempt.started_at, now, lane.running + 1, congested=congested)
-        assert lane.gate.feedback is not None
-        lane.concurrency = lane.gate.feedback.limit  # another run may have changed it
-        if changed:
+        lane.gate.adapt(attempt.started_at, now, lane.running + 1, congested=congested)
+        self._take_over_limit(lane, attempt, now)
+
+    def _take_over_limit(self, lane: Lane, attempt: Attempt, now: float) -> None:
+        """Have a lane follow what its gate has learned, be it from another run."""
+        feedback = lane.gate.feedback
+        if feedback is not None and feedback.limit != lane.concurrency:
+            lane.concurrency = feedback.limit
             self._tell("concurrency", now, attempt, str(lane.concurrency))
 
     def _throttled(self, attempt: Attempt, raised: Raised, now: float) -> None:
@@ -1119,7 +1134,8 @@ class Run:
 
     def _keeps_bare(self, attempt: Attempt) -> bool:
         """Say whether of a task that succeeds only little is kept, from which its latency can be told."""
-        return self.records is not None and self._emit is None and attempt.is_plain
+        is_kept = self.records is not None and self._emit is None and attempt.is_plain
+        return is_kept and (attempt.lane.is_bare or self._tree is not None)
 
     def _batch_ended_one(self, lane: Lane, now: float) -> None:
         lane.batch_open -= 1
@@ -1184,7 +1200,8 @@ class Run:
         reachable = self._within_reach(lane, now)
         takable = (other for other in reachable if self._standing(lane, other, now) is Standing.NOW)
         attempt = min(takable, key=_by_turn, default=None)
-        if attempt is not None:
+        if attempt is not None and attempt.trail is not None and attempt.trail.route is not None:
+            attempt.trail.route.was_taken_over(now)
             attempt.lane.take_out(attempt)
             self._move(attempt, lane)
         return attempt
@@ -1211,7 +1228,7 @@ class Run:
                 if attempt.number or trail is None or trail.route is None or trail.uncounted:
                     continue
                 ranks = trail.route.ranks
-                if lane in ranks and (is_shut or ranks[lane] <= ranks[other]):
+                if lane in ranks and trail.route.may_be_taken_over(now) and (is_shut or ranks[lane] <= ranks[other]):
                     yield attempt
 
     @staticmethod
@@ -1270,10 +1287,13 @@ class Run:
         lane.taken -= 1
         if lane.resume_at < INF:
             lane.resume_at -= 1
-            if lane.delivered >= lane.resume_at:
-                self._resume(lane)
+            if lane.delivered >= lane.resume_at:  # it has room again, and nothing to do: it is not to look for that now
+                lane.resume_at = INF
+                self._unblock()
         other.taken += 1
-        if self._feed is not None and other.taken - other.delivered > other.full_at:
+        if other.resume_at < INF:
+            other.resume_at += 1
+        elif self._feed is not None and other.taken - other.delivered > other.full_at:
             self._rest(other, self._feed)
         attempt.lane = other
         heappush(other.heap, (_by_turn(attempt), attempt))

@@ -347,11 +347,11 @@ def test_what_was_heard_long_ago_counts_no_more(refused: bool, latency: float) -
     known = feedback.limit
     assert known > START
     long = max(KNOWN_FOR, 10 * latency)     # for longer where answers take long
-    feedback.started(now + 0.99 * long)
+    assert not feedback.forgets(now + 0.99 * long)
     assert feedback.limit == known and feedback.is_as_new(now + 0.99 * long) is not refused
     assert feedback.is_as_new(now + 1.01 * long)
-    feedback.started(now + 1.01 * long)
-    assert feedback.limit == START
+    assert feedback.forgets(now + 1.01 * long)
+    assert feedback.limit == START and not feedback.forgets(now + 1.01 * long)
 
 
 @pytest.mark.parametrize("length", [0, 3, 40, 300, 1500])
