@@ -140,7 +140,7 @@ class Hop:
 
     `attempts` made there; `reason` why it went on: "failed", "error" or "timeout" with the `error`, "budget_exhausted"
     or "breaker_open"; of the last one how the task ended.  Where it merely waited until an equal one took it over there
-    was no hop.
+    was no hop; so it may come back to the one before, which is there twice then.
     """
 
     source: str

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from threading import Lock
 from typing import Any
 
+from .core.hold import PROBE_AWAITED, PROBED_EVERY
 from .core.lane import Feed, FeedKind
-from .core.run import PROBE_AWAITED, PROBED_EVERY
 from .drivers.calls import check_value, is_async, refuse_async
 from .drivers.clock import Clock
 from .errors import refuse_type, require_callable

@@ -201,7 +201,7 @@ def result_of(attempt: Attempt, wall_offset: float) -> TaskResult[Any, Any]:
     attempts = attempt.attempts
     started = attempts > 0
     assert attempt.status is not None
-    route = None if attempt.trail is None else attempt.trail.route
+    route = attempt.route
     error = outcome.error if raised else None
     trail: tuple[Hop, ...] = ()
     if route is not None:

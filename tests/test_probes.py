@@ -685,7 +685,7 @@ def test_asyncio_takes_both(maker: str) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has runs wait for a probe's later answers for so long only."""
-    monkeypatch.setattr("qengine.core.run.PROBE_AWAITED", 0.1)
+    monkeypatch.setattr("qengine.core.hold.PROBE_AWAITED", 0.1)
 
 
 @pytest.mark.usefixtures("impatient")

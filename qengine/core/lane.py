@@ -10,11 +10,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
-from heapq import heapify
+from heapq import heapify, heappop
 from typing import Any
 
 from ..model import Amount, SourceReport, Task, TaskStatus
 from ..policy import Adaptive, RetryPolicy, adaptive_of
+from .bucket import CATCH_UP
 from .gate import Gate
 from .latency import Latencies
 from .purse import RECORDABLE, Budget, Purse, Tariff
@@ -114,17 +115,22 @@ class Attempt:
         return 1 if self.task is None else self.task.amount
 
     @property
+    def route(self) -> Route | None:
+        """The sources that can do it, where there are several."""
+        return None if self.trail is None else self.trail.route
+
+    @property
     def attempts(self) -> int:
         """Attempts made that count, at all sources."""
-        route = None if self.trail is None else self.trail.route
+        route = self.route
         return self.number if route is None else self.number + route.attempts
 
     @property
     def usage(self) -> dict[str, float]:
         """What all calls made for the task used, by unit."""
         usage = self.usage_here
-        if self.trail is not None and self.trail.route is not None:
-            _add(usage, self.trail.route.usage)
+        if self.route is not None:
+            _add(usage, self.route.usage)
         return usage
 
     @property
@@ -516,6 +522,57 @@ class Lane:
             self.heap.remove(entries[0])
             heapify(self.heap)
         return bool(entries)
+
+    def pop(self, attempt: Attempt) -> None:
+        """Take out the task that is to be admitted next."""
+        if self.fifo and self.fifo[0] is attempt:
+            self.fifo.popleft()
+        else:
+            heappop(self.heap)
+
+    def takes_one(self, now: float) -> bool:
+        """Take from the budget and the limits for a turn that is like most, if both have something."""
+        budget, take_call = self.budget, self.take_call
+        if (budget is not None and budget < 1) or (take_call is not None and not take_call(now, CATCH_UP)):
+            return False
+        if budget is not None:
+            self.budget = budget - 1
+        return True
+
+    def account(self, attempt: Attempt, now: float) -> float:
+        """Take from budget and batch for an attempt that starts; return its timeout."""
+        if attempt.number == 0:
+            if self.batch_size is not None:
+                self.batch_started += 1
+                self.batch_open += 1
+            if self.retry.timeout is not None and attempt.remember().give_up_at == math.inf:
+                attempt.remember().give_up_at = now + self.retry.timeout
+        trail = attempt.trail
+        if trail is not None and trail.has_budget:
+            trail.has_budget = False
+        elif self.budget is not None:
+            self.budget -= 1
+        timeout = self.timeout
+        if attempt.task is not None and attempt.task.timeout is not None:
+            timeout = attempt.task.timeout
+        return timeout if trail is None else min(timeout, trail.give_up_at - now)
+
+    def return_budget(self, attempt: Attempt) -> None:
+        """Take back what was reserved for an attempt that will not be made."""
+        trail = attempt.trail
+        if trail is not None and trail.has_budget and self.budget is not None:
+            trail.has_budget = False
+            self.budget += 1
+
+    @property
+    def hangs(self) -> bool:
+        """Whether as many of its calls hang as may."""
+        return self.abandoned >= self.max_abandoned
+
+    def is_shut(self, now: float) -> bool:
+        """Say whether it starts nothing for a while; one whose breaker's probe is due merely waits for limits."""
+        breaker = self.gate.breaker
+        return self.hangs or (breaker is not None and breaker.ready_at(now) > now)
 
     def batch_takes_at(self) -> float:
         """Return when the batch takes another task: an instant, long past if it does now; infinity if it is full."""

@@ -19,10 +19,10 @@ def refuse_routes(task: Task[Any]) -> None:
 
 
 class Standing(IntEnum):
-    """Whether a source takes a task."""
+    """Whether a source takes a task, or can pay for it."""
 
-    NOW = 0  # as soon as its limits allow, or calls in flight have given back what they do not use
-    LATER = 1  # when its breaker has closed
+    NOW = 0  # as soon as its limits allow
+    LATER = 1  # when its breaker lets something through; when calls in flight have given something back
     NEVER = 2
 
 

@@ -4,11 +4,14 @@
     finished(attempt, outcome, now)     an attempt ended
     turn(attempt, outcome, now)         both in one call
     offered(feed, ended, error, now)    a pull ended
-    delivered(lane)                     a consumer took results of that lane (streams only)
-    revoked(attempt)                    it was given up before a worker picked it up
+    submitted(attempt, now)             a task from outside, where the feed is not pulled; closed(feed, now): no more
+    delivered(lane, now)                a consumer took results of that lane (streams only); thinned(now): of many lanes
+    wake(lane, now)                     another run had an outcome that the lane waits for
+    revoked(attempt, now)               it was given up before a worker picked it up
     withdrawn(attempt, reason, now)     nobody wants its result any more
     cancel(reason, now)                 stop
     alarm_at(at, ring, now)             call back at an instant
+    reports()                           what each lane did
 
 Rules: it knows no clock, lock, thread, event loop, file or random source: time and rng are passed in.  No user code
 runs in it.  All waiting is in it: rate, window, retry, breaker, batch, timeout and deadline are instants, so a driver
@@ -21,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from heapq import heappop, heappush
+from heapq import heappush
 from typing import Any
 
 from ..errors import TaskError, TaskTimeoutError
@@ -30,8 +33,9 @@ from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
 from .breaker import CLOSED
 from .bucket import CATCH_UP
+from .hold import Hold
 from .lane import HELD_UP, LANES_KEPT, SLOW_PULL, Attempt, Feed, FeedKind, Lane, Rank
-from .purse import Parts, Purse
+from .purse import Parts
 from .quota import Allowance
 from .route import Route, Standing, refuse_routes
 from .steps import DONE, Cancel, Raised, Step, Wait
@@ -53,10 +57,6 @@ look through; of such a query what was found.  None: it has none yet."""
 
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
-PROBED_EVERY = 0.100
-"""Seconds at least between two questions to a probe; for so long holds what it has said."""
-PROBE_AWAITED = 1.0
-"""Seconds for which its next answer is waited for; with one that takes longer, what it said before holds on."""
 SETTLING = 0.100
 """Seconds in which a call that was given up may still end, as it is told to, before it counts as one that hangs."""
 INF = math.inf
@@ -123,11 +123,8 @@ class Run:
         self._rng = rng
         self._emit = emit
         self._note = emit or note
-        self._probe = probe
-        self._is_held_back = True  # until the probe has said something
-        self._probe_at = -INF  # not to be asked again before
-        self._probe_awaited_until = -INF
-        self._probe_alarm = 0
+        self._hold = None if probe is None else Hold(probe)
+        self._hold_alarm = 0
         self._running: set[Attempt] = set()
         self._pulls: set[Feed] = set()
         self._forget_at = LANES_KEPT  # with so many lanes, those that are as new are forgotten
@@ -167,12 +164,12 @@ class Run:
             if self._held:
                 places = 0
         active = self.active
-        if self._probe is not None and self._has_work(now):
-            if now >= self._probe_at and not self._probe.pulling:
-                self._probe_awaited_until = now + PROBE_AWAITED
-                self._probe_alarm = self._set_timer(self._probe_awaited_until, Timer.PROBE, None)
-                return self._pull(self._probe, now)
-            if self._is_held_back or self._probe_at <= now < self._probe_awaited_until:
+        hold = self._hold
+        if hold is not None and self._has_work(now):
+            if hold.is_due(now):
+                self._hold_alarm = self._set_timer(hold.asked(now), Timer.PROBE, None)
+                return self._pull(hold.probe, now)
+            if hold.holds(now):
                 places = 0
         while active and (places == INF or len(self._running) < places):
             lane = active[0]
@@ -292,7 +289,7 @@ class Run:
             and not lane.fifo
             and not lane.abandoned
             and (self._feed is None or not self._feed.slow)
-            and self._probe is None
+            and self._hold is None
             and lane.first_answer is not None
             and self._cap == INF  # else other lanes may be waiting for the place
             and gate.is_calm(now)
@@ -321,8 +318,8 @@ class Run:
             return
         self._pulls.remove(feed)
         feed.pulling = False
-        if feed is self._probe:
-            self._probed(feed, error, now)
+        if self._hold is not None and feed is self._hold.probe:
+            self._probed(self._hold, error, now)
             return
         self._collect(feed, now)
         took = now - feed.pulled_at
@@ -347,21 +344,18 @@ class Run:
                 if sum(lane.taken - lane.delivered for lane in self.lanes) < self.crowd:
                     self.thinned(now)  # a consumer was quick: as many may not come
 
-    def _probed(self, probe: Feed, error: BaseException | None, now: float) -> None:
-        """Note what the probe has said: it is asked again when there is something to admit, and not at once."""
+    def _probed(self, hold: Hold, error: BaseException | None, now: float) -> None:
+        """Note what the probe has said."""
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             self.fatal = error
             self.cancel(type(error).__name__, now, "abandon")
             return
-        was_held = self._is_held_back and self._probe_at > -INF  # nobody was told of what went before its first word
-        self._is_held_back = any(held for held, in probe.arrived)
-        probe.arrived.clear()
-        self._timers.drop(self._probe_alarm)
-        self._probe_at = now + PROBED_EVERY
-        if self._is_held_back:
-            self._set_timer(self._probe_at, Timer.PROBE, None)
-        if self._is_held_back != was_held:
-            self._tell("held" if self._is_held_back else "released", now, None)
+        self._timers.drop(self._hold_alarm)
+        word = hold.answered(now)
+        if hold.looks_at < INF:
+            self._set_timer(hold.looks_at, Timer.PROBE, None)
+        if word:
+            self._tell(word, now, None)
 
     def _has_work(self, now: float) -> bool:
         """Say whether there may be something to start: else a probe is not asked."""
@@ -570,7 +564,7 @@ class Run:
             self.records.extend([None] * count)
 
     def _take(self, attempt: Attempt, feed: Feed | None, now: float) -> None:
-        route = None if attempt.trail is None else attempt.trail.route
+        route = attempt.route
         if route is not None:
             for each in route.ranks:
                 if not each.joined:
@@ -722,7 +716,7 @@ class Run:
             return self._pull(feed, now)
         if lane.running >= lane.concurrency:
             return None
-        if lane.raw and lane.calm is lane.gate.calm and self._takes_one(lane, now):
+        if lane.raw and lane.calm is lane.gate.calm and lane.takes_one(now):
             index, payload = lane.raw.popleft()
             fresh = Attempt(payload, None, lane)
             fresh.index = index
@@ -759,11 +753,11 @@ class Run:
                     continue
             timeout = lane.timeout
             if lane.accounts or not attempt.is_plain:
-                timeout = self._account(lane, attempt, now)
+                timeout = lane.account(attempt, now)
             elif lane.budget is not None:
                 lane.budget -= 1
             if lane.heap:
-                self._pop(lane, attempt)
+                lane.pop(attempt)
             else:
                 lane.fifo.popleft()
             return self._begin(attempt, timeout, now)
@@ -773,16 +767,6 @@ class Run:
         if now < at < lane.wake_at:
             lane.wake_at = at
             self._set_timer(at, Timer.LANE, lane)
-
-    @staticmethod
-    def _takes_one(lane: Lane, now: float) -> bool:
-        """Take from the budget and the limits of a lane whose turns are like most, if both have something."""
-        budget, take_call = lane.budget, lane.take_call
-        if (budget is not None and budget < 1) or (take_call is not None and not take_call(now, CATCH_UP)):
-            return False
-        if budget is not None:
-            lane.budget = budget - 1
-        return True
 
     def _begin(self, attempt: Attempt, timeout: float, now: float) -> Attempt:
         lane = attempt.lane
@@ -812,27 +796,26 @@ class Run:
         gate, trail = lane.gate, attempt.trail
         breaker = gate.breaker
         shut = breaker is not None and breaker.state is not CLOSED
-        hangs = lane.abandoned >= lane.max_abandoned
+        hangs = lane.hangs
         if hangs:
             if now < lane.settles_at:
                 return lane.settles_at
             gate.keep_shut(now)
-        purse: Purse | None = lane.purse
-        parts: Parts = ()
-        spent = lane.budget is not None and lane.budget < 1 and not (trail is not None and trail.has_budget)
-        if purse is not None and not spent and not purse.fits(parts := purse.parts(attempt.amount)):
-            if purse.might_fit(parts) and self._may_get_back(lane):
-                self._short[lane] = None
-                return INF  # what runs may turn out to use less
-            spent = True
+        funds = self._funds(lane, attempt)
+        if funds is Standing.LATER:
+            self._short[lane] = None
+            return INF  # what runs may turn out to use less
+        spent = funds is Standing.NEVER
         if (shut or hangs or spent) and (
             self._passed_on(attempt, spent, now) or self._skipped(lane, attempt, spent, now)
         ):
             return now
-        if trail is not None and trail.route is not None and self._is_shut(lane, now):
+        if trail is not None and trail.route is not None and lane.is_shut(now):
             self._offer(trail.route)  # another may be back before
         if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
             return until
+        purse = lane.purse
+        parts = () if purse is None else purse.parts(attempt.amount)
         if lane.adaptive is not None and not self._has_share(lane, lane.adaptive.quota_share, parts):
             self._short[lane] = None
             return INF  # a call runs, and will end
@@ -852,10 +835,17 @@ class Run:
         self._in_flight.update(purse.allowances)
         return now
 
-    def _may_get_back(self, lane: Lane) -> bool:
-        """Say whether a call that runs may give something back that a lane waits for."""
-        assert lane.purse is not None
-        return any(self._in_flight[allowance] for allowance in lane.purse.allowances)
+    def _funds(self, lane: Lane, attempt: Attempt) -> Standing:
+        """Say whether a lane can pay for a task: now, later if calls in flight give something back, or never."""
+        trail = attempt.trail
+        has_budget = attempt.lane is lane and trail is not None and trail.has_budget
+        if lane.budget is not None and lane.budget < 1 and not has_budget:
+            return Standing.NEVER
+        purse = lane.purse
+        if purse is None or purse.fits(parts := purse.parts(attempt.amount)):
+            return Standing.NOW
+        may_get_back = any(self._in_flight[allowance] for allowance in purse.allowances)
+        return Standing.LATER if may_get_back and purse.might_fit(parts) else Standing.NEVER
 
     def _has_share(self, lane: Lane, share: float, parts: Parts) -> bool:
         """Say whether with another call no more would be in flight than a share of what is left; one always may be."""
@@ -895,44 +885,18 @@ class Run:
         trail = attempt.trail
         if spent:
             reason = "budget_exhausted"
-        elif lane.gate.skips(now) or (lane.gate.breaker is None and lane.abandoned >= lane.max_abandoned):
+        elif lane.gate.skips(now) or (lane.gate.breaker is None and lane.hangs):
             reason = "breaker_open"
         else:
             return False
-        self._pop(lane, attempt)
-        self._return_budget(attempt)
+        lane.pop(attempt)
+        attempt.lane.return_budget(attempt)
         attempt.reason = reason
         if trail is None or trail.error is None:
             self._end(attempt, SKIPPED, now)
         else:
             self._fail_for_good(attempt, trail.error, now)
         return True
-
-    @staticmethod
-    def _account(lane: Lane, attempt: Attempt, now: float) -> float:
-        """Take from budget and batch; return the attempt's timeout."""
-        if attempt.number == 0:
-            if lane.batch_size is not None:
-                lane.batch_started += 1
-                lane.batch_open += 1
-            if lane.retry.timeout is not None and attempt.remember().give_up_at == INF:
-                attempt.remember().give_up_at = now + lane.retry.timeout
-        trail = attempt.trail
-        if trail is not None and trail.has_budget:
-            trail.has_budget = False
-        elif lane.budget is not None:
-            lane.budget -= 1
-        timeout = lane.timeout
-        if attempt.task is not None and attempt.task.timeout is not None:
-            timeout = attempt.task.timeout
-        return timeout if trail is None else min(timeout, trail.give_up_at - now)
-
-    @staticmethod
-    def _pop(lane: Lane, attempt: Attempt) -> None:
-        if lane.fifo and lane.fifo[0] is attempt:
-            lane.fifo.popleft()
-        else:
-            heappop(lane.heap)
 
     # ---- outcomes ----------------------------------------------------------------------------------------------------
 
@@ -1052,24 +1016,13 @@ class Run:
         if self.stop_reason is not None:
             self._cancel_one(attempt, now)
             return False
-        purse = lane.purse
-        if (lane.budget is not None and lane.budget < 1) or (
-            purse is not None and not purse.might_fit(purse.parts(attempt.amount))
-        ):
+        if self._funds(lane, attempt) is Standing.NEVER:
             self._fail(attempt, error, now)
             return False
         if lane.budget is not None:
             lane.budget -= 1
             trail.has_budget = True
         return True
-
-    @staticmethod
-    def _return_budget(attempt: Attempt) -> None:
-        """Give back what was reserved for an attempt that will not be made."""
-        trail, lane = attempt.trail, attempt.lane
-        if trail is not None and trail.has_budget and lane.budget is not None:
-            trail.has_budget = False
-            lane.budget += 1
 
     def _queue_again(self, attempt: Attempt) -> None:
         lane, trail = attempt.lane, attempt.trail
@@ -1164,14 +1117,10 @@ class Run:
 
     def _standing(self, lane: Lane, attempt: Attempt, now: float) -> Standing:
         """Say whether a lane takes a task, apart from its limits, which are waited for."""
-        gate, breaker, purse, trail = lane.gate, lane.gate.breaker, lane.purse, attempt.trail
-        has_budget = attempt.lane is lane and trail is not None and trail.has_budget
-        if lane.budget is not None and lane.budget < 1 and not has_budget:
+        if self._funds(lane, attempt) is Standing.NEVER:  # what calls in flight may give back is waited for
             return Standing.NEVER
-        if purse is not None and not purse.fits(parts := purse.parts(attempt.amount)):
-            if not (purse.might_fit(parts) and self._may_get_back(lane)):
-                return Standing.NEVER
-        if lane.abandoned >= lane.max_abandoned:
+        gate, breaker = lane.gate, lane.gate.breaker
+        if lane.hangs:
             return Standing.NEVER if breaker is None and now >= lane.settles_at else Standing.LATER
         if breaker is not None and breaker.state is not CLOSED:
             if gate.skips(now):
@@ -1189,17 +1138,17 @@ class Run:
 
     def _offer_once(self, attempt: Attempt) -> None:
         """Offer a task that has to wait, but not to and fro: whoever takes it over waits with it."""
-        route = None if attempt.trail is None else attempt.trail.route
+        route = attempt.route
         if route is not None and not route.is_offered:
             self._offer(route)
 
     def _help_out(self, lane: Lane, now: float) -> Attempt | None:
         """Take over, for a lane that has nothing to do, a task that waits in another: the first that it takes now."""
-        if self._is_shut(lane, now) and not self._reopens(lane, now):
+        if lane.is_shut(now) and not self._reopens(lane, now):
             return None
-        reachable = self._within_reach(lane, now)
+        reachable = sorted(self._within_reach(lane, now), key=_by_turn)
         takable = (other for other in reachable if self._standing(lane, other, now) is Standing.NOW)
-        attempt = min(takable, key=_by_turn, default=None)
+        attempt = next(takable, None)
         if attempt is not None and attempt.trail is not None and attempt.trail.route is not None:
             attempt.trail.route.was_taken_over(now)
             attempt.lane.take_out(attempt)
@@ -1215,14 +1164,14 @@ class Run:
         if ready_at < INF:
             self._wake_at(lane, ready_at, now)
             return False
-        return self._watches(lane, INF) and not self._is_shut(lane, now)  # a probe of another run is out
+        return self._watches(lane, INF) and not lane.is_shut(now)  # a probe of another run is out
 
     def _within_reach(self, lane: Lane, now: float) -> Iterator[Attempt]:
         """Give the tasks that wait in lanes which are no better for them, or shut, and that were not tried there."""
         for other in self.lanes:
             if other is lane:
                 continue
-            is_shut = self._is_shut(other, now)
+            is_shut = other.is_shut(now)
             for attempt in other.waiting():
                 trail = attempt.trail
                 if attempt.number or trail is None or trail.route is None or trail.uncounted:
@@ -1231,27 +1180,21 @@ class Run:
                 if lane in ranks and trail.route.may_be_taken_over(now) and (is_shut or ranks[lane] <= ranks[other]):
                     yield attempt
 
-    @staticmethod
-    def _is_shut(lane: Lane, now: float) -> bool:
-        """Say whether a lane starts nothing for a while; one whose breaker's probe is due merely waits for limits."""
-        breaker = lane.gate.breaker
-        return lane.abandoned >= lane.max_abandoned or (breaker is not None and breaker.ready_at(now) > now)
-
     def _passed_on(self, attempt: Attempt, spent: bool, now: float) -> bool:
         """Hand a task that its lane does not take to one that does, or at least will."""
-        route = None if attempt.trail is None else attempt.trail.route
+        route = attempt.route
         if route is None:
             return False
         lane, other = attempt.lane, self._best_lane(attempt, route, now)
         if other is lane or self._standing(other, attempt, now) >= self._standing(lane, attempt, now):
             return False
-        self._pop(lane, attempt)
+        lane.pop(attempt)
         self._reroute(attempt, route, other, "budget_exhausted" if spent else "breaker_open", now)
         return True
 
     def _falls_back(self, attempt: Attempt, error: BaseException, now: float) -> bool:
         """Hand a task with which its source has failed for good to another one, if there is one for it."""
-        route = None if attempt.trail is None else attempt.trail.route
+        route = attempt.route
         if route is None or self.stop_reason is not None or isinstance(error, (SystemExit, KeyboardInterrupt)):
             return False
         route.ranks.pop(attempt.lane, None)
@@ -1274,7 +1217,7 @@ class Run:
             route.ranks.pop(attempt.lane, None)
         hop = Hop(attempt.lane.name, attempt.number, reason, trail.error if was_called else None)
         route.leave(hop, attempt.usage_here)
-        self._return_budget(attempt)
+        attempt.lane.return_budget(attempt)
         self._timers.drop(trail.alarm)
         trail.begin()
         attempt.number = 0
@@ -1348,7 +1291,7 @@ class Run:
         if trail is None or now < trail.give_up_at:  # it is with another source by now
             return
         if trail.error is not None and attempt.lane.take_out(attempt):
-            self._return_budget(attempt)
+            attempt.lane.return_budget(attempt)
             self._fail(attempt, trail.error, now)
 
     def _scan(self, now: float) -> None:
@@ -1368,7 +1311,7 @@ class Run:
     def _time_out(self, attempt: Attempt, now: float) -> None:
         lane = attempt.lane
         self._abandon(attempt, now, "timeout", False)
-        if lane.abandoned >= lane.max_abandoned:
+        if lane.hangs:
             self._set_timer(lane.settles_at, Timer.HANGS, attempt)
         error = TaskTimeoutError(f"no answer after {attempt.timeout:g} s")
         self._failed(self._replaced(attempt), error, lane.retries_timeouts, now)
@@ -1376,7 +1319,7 @@ class Run:
     def _shut_if_hung(self, attempt: Attempt, now: float) -> None:
         """Shut a lane's gate if as many calls hang as may; those that ended when they were told to do not."""
         lane = attempt.lane
-        if lane.abandoned >= lane.max_abandoned and lane.gate.keep_shut(now):
+        if lane.hangs and lane.gate.keep_shut(now):
             self._tell("breaker_opened", now, attempt, "too many calls hang")
         self._activate(lane)
 
@@ -1446,7 +1389,7 @@ class Run:
         trail = attempt.trail
         if trail is not None and trail.error is not None:
             attempt.outcome = Raised(trail.error)
-            self._return_budget(attempt)
+            attempt.lane.return_budget(attempt)
         attempt.reason = reason or self.stop_reason
         self._end(attempt, CANCELLED, now)
 
@@ -1462,7 +1405,7 @@ class Run:
 
     def _drop_pulls(self, now: float) -> None:
         for feed in sorted(self._pulls, key=lambda feed: feed.pulled_at):
-            if feed is not self._probe:
+            if feed.kind is not FeedKind.PROBE:
                 self._collect(feed, now)
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
@@ -1472,7 +1415,7 @@ class Run:
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
     def _idle(self, now: float) -> Step:
-        if not self._running and self._pulls == {self._probe} and self._is_done():
+        if not self._running and self._hold is not None and self._pulls == {self._hold.probe} and self._is_done():
             self._set_timer(now + PULLS_DROPPED_AFTER, Timer.PULLS, None)  # it is not to hold up the end
         if not self._running and not self._pulls and self._is_done():
             self._over = True
