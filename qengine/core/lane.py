@@ -38,12 +38,17 @@ HELD_UP = 0.050
 class Trail:
     """What only few tasks need to remember between their attempts."""
 
-    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "recorded", "route", "throttles", "uncounted")
+    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "route", "throttles", "told", "uncounted", "used")
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.route: Route | None = None  # where several sources can do it
         self.begin()
+
+    def count(self, used: Mapping[str, float]) -> None:
+        """Count a call that has told what it used."""
+        self.told += 1
+        _add(self.used, used)
 
     def begin(self) -> None:
         """Begin with another source: what was there so far is another's, but for the error."""
@@ -52,7 +57,8 @@ class Trail:
         self.has_budget = False
         self.throttles = 0
         self.uncounted = 0  # calls that were throttled, and are no attempts
-        self.recorded: list[Mapping[str, float]] = []  # of those calls that recorded what they used
+        self.told = 0  # those of the calls that have told what they used
+        self.used: dict[str, float] = {}  # by them
 
 
 class Attempt:
@@ -137,14 +143,11 @@ class Attempt:
     def usage_here(self) -> dict[str, float]:
         """What all calls used that were made for the task at the source where it is now."""
         trail = self.trail
-        if trail is None and self.number == 1:
-            return {**self.lane.used_by(self.amount), "calls": 1.0}
-        recorded = [] if trail is None else trail.recorded
         calls = self.number if trail is None else self.number + trail.uncounted
-        rest = calls - len(recorded)
-        usage = {unit: used * rest for unit, used in self.lane.used_by(self.amount).items()} if rest else {}
-        for one in recorded:
-            _add(usage, self.lane.used_by(self.amount, one))
+        usage = {} if trail is None else dict(trail.used)
+        rest = calls if trail is None else calls - trail.told
+        if rest:
+            _add(usage, self.lane.used_by(self.amount), rest)
         usage["calls"] = float(calls)
         return usage
 
@@ -173,9 +176,9 @@ class Attempt:
         return latest
 
 
-def _add(usage: dict[str, float], used: Mapping[str, float], sign: int = 1) -> None:
+def _add(usage: dict[str, float], used: Mapping[str, float], times: int = 1) -> None:
     for unit, number in used.items():
-        usage[unit] = usage.get(unit, 0.0) + sign * number
+        usage[unit] = usage.get(unit, 0.0) + times * number
 
 
 class FeedKind(Enum):

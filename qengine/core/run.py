@@ -937,7 +937,7 @@ class Run:
         elif is_refused:
             used = dict.fromkeys(lane.used_by(amount), 0.0)
         if used is not None:
-            attempt.remember().recorded.append(used)
+            attempt.remember().count(lane.used_by(amount, used))
         if used is not None or _is_singular(amount):
             lane.count_usage(amount, used)
         return used
