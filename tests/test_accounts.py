@@ -243,7 +243,7 @@ def settled(play: Play, report: RunReport[Any, Any]) -> None:
             usage_of[event.index] = event.usage
             used.update({unit: event.usage.get(unit, reserved.get(unit, 0.0)) for unit in budget})
             if event.index in in_flight:
-                debt.update({unit: max(0.0, event.usage.get(unit, 0.0) - reserved[unit]) for unit in budget})
+                debt.update({unit: max(0.0, event.usage.get(unit, 0.0) - reserved.get(unit, 0.0)) for unit in budget})
         elif event.kind == "revoked":
             assert event.usage is not None
             assert event.usage == {unit: -part for unit, part in usage_of[event.index].items()}
@@ -465,6 +465,149 @@ def test_what_could_never_be_had_is_an_error_and_what_is_gone_is_skipped(world: 
     settled(play, report)
     assert statuses(report) == [TaskStatus.ERROR, SUCCEEDED, SKIPPED, SUCCEEDED]
     assert "allowed is at most 10 tokens: the budget never has more" in str(report.results[0].error)
+
+
+@worlds
+@pytest.mark.parametrize(("recorded", "tokens", "cost"), [
+    ({}, 6.0, 2.0), ({"tokens": 2.0}, 8.0, 3.0), ({"cost": 0.5}, 12.0, 2.5),
+])
+def test_what_a_source_refused_is_not_billed_unless_the_call_has_recorded_it(
+    world: str, recorded: dict[str, float], tokens: float, cost: float
+) -> None:
+    calls = {0: [Call(0.0, "throttled", recorded), Call()]}
+    play = one_by_one({"tokens": 6.0}, calls, budget={"calls": 5, "tokens": 20.0, "cost": 9.0},
+                      cost={"calls": 0.5, "tokens": 0.25})
+    report = WORLDS[world](play)
+    settled(play, report)
+    result, = report.results
+    source = report.by_source["paid"]
+    assert (result.attempts, source.throttled) == (1, 1)
+    assert result.usage == source.usage == report.usage == {"calls": 2.0, "tokens": tokens, "cost": cost}
+    assert source.remaining == {"calls": 3, "tokens": 20.0 - tokens, "cost": 9.0 - cost}
+    refused, answered = (event.usage for event in play.events if event.kind == "answer")
+    assert refused == {"calls": 1.0, "tokens": tokens - 6.0, "cost": cost - 2.0}
+    assert answered == {"calls": 1.0, "tokens": 6.0, "cost": 2.0}
+
+
+@worlds
+def test_what_was_refused_leaves_as_much_for_the_next_call(world: str) -> None:
+    play = one_by_one(6, {0: [Call(0.0, "throttled")] * 3 + [Call()], 1: [Call()]}, budget={"tokens": 6})
+    report = WORLDS[world](play)
+    settled(play, report)
+    assert statuses(report) == [SUCCEEDED, SKIPPED]
+    assert report.usage == {"calls": 4.0, "tokens": 6.0}
+
+
+@pytest.mark.parametrize("amount", [5, 0.5, {"calls": 5}, {"calls": 0}, {"tokens": 7}])
+@pytest.mark.parametrize("by_unit", [False, True])
+@pytest.mark.parametrize("declared", ["source", "all sources", "function"])
+def test_a_budget_of_calls_is_one_of_attempts_wherever_it_is_declared(
+    declared: str, by_unit: bool, amount: Any
+) -> None:
+    budget: Any = {"calls": 3} if by_unit else 3
+    retry = RetryPolicy(2, backoff=1.0)
+    own, common = (budget, None) if declared == "source" else (None, budget)
+    source = Source("a", str, concurrency=1, budget=own, retry=retry)
+    face: Any = TaskScheduler([source], ExecutionPolicy(budget=common))
+    if declared == "function":
+        face = TaskScheduler(str, ExecutionPolicy(1, budget=budget, retry=retry))
+    outcomes = iter([TransientError("again"), None, None])
+
+    def outcome(attempt: Any) -> None:
+        error = next(outcomes)
+        if error is not None:
+            raise error
+
+    report: Any = simulate(face, [Task(number, amount=amount) for number in range(4)], latency=2.0, outcome=outcome)
+    assert statuses(report) == [SUCCEEDED, SUCCEEDED, SKIPPED, SKIPPED]     # of which the first has taken two
+    told, = report.by_source.values()
+    assert (told.calls, told.remaining, told.remaining_budget) == (3, {"calls": 0}, 0)
+
+
+def test_of_a_quota_of_calls_a_call_is_as_many_as_its_amount_says() -> None:
+    quota = Quota(12, now_fn=lambda: 0.0)
+    face: Any = TaskScheduler(str, ExecutionPolicy(1, budget=3, quota=quota))
+    report: Any = simulate(face, [Task(number, amount=5) for number in range(4)], latency=1.0)
+    assert statuses(report) == [SUCCEEDED, SUCCEEDED, SKIPPED, SKIPPED]
+    assert report.by_source["default"].remaining == {"calls": 1}            # 2 of the quota, and 1 of the budget
+
+
+@worlds
+def test_a_number_is_so_much_of_all_that_is_counted_in_every_sum(world: str) -> None:
+    tasks = [Task(0), Task(1, amount=3), Task(2, amount={"tokens": 2}), Task(3, amount=0.5)]
+    budget = {"calls": 4, "tokens": 20, "pages": 20, "cost": 9.0}
+    play = Play(tasks, each(4, [Call()]), ExecutionPolicy(2, budget=budget), {"calls": 1.0, "tokens": 0.5})
+    report = WORLDS[world](play)
+    settled(play, report)
+    expected = [
+        {"tokens": 1.0, "pages": 1.0, "cost": 1.5}, {"tokens": 3.0, "pages": 3.0, "cost": 2.5},
+        {"tokens": 2.0, "cost": 2.0}, {"tokens": 0.5, "pages": 0.5, "cost": 1.25},
+    ]
+    assert [result.usage for result in report.results] == [{**used, "calls": 1.0} for used in expected]
+    told = {event.index: event.usage for event in play.events if event.kind == "answer"}
+    assert [told[number] for number in range(4)] == [result.usage for result in report.results]
+    assert report.usage == {"calls": 4.0, "tokens": 6.5, "pages": 4.5, "cost": 7.25}
+    assert report.by_source["paid"].remaining == {"calls": 0, "tokens": 13.5, "pages": 15.5, "cost": 1.75}
+
+
+def test_what_was_recorded_is_priced_with_the_rest_of_a_number() -> None:
+    source = Source("a", str, cost={"tokens": 0.25, "pages": 2.0}, budget={"pages": 100, "cost": 100})
+    face: Any = TaskScheduler([source])
+    report: Any = simulate(face, [Task(0, amount=4)], latency=1.0, outcome=lambda attempt: attempt.record(tokens=8))
+    assert report.usage == report.results[0].usage == {"calls": 1.0, "tokens": 8.0, "pages": 4.0, "cost": 10.0}
+    assert report.by_source["a"].remaining == {"pages": 96.0, "cost": 90.0}
+
+
+@pytest.mark.parametrize("recorded", [{}, {"tokens": 2.0}])
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("how", ["budget", "quota", "none"])
+def test_bare_payloads_are_one_of_all_that_is_counted(how: str, watched: bool, recorded: dict[str, float]) -> None:
+    bound: dict[str, Any] = {"budget": {"tokens": 6}} if how == "budget" else {"quota": Quota(6, unit="tokens")}
+    events: list[Event] = []
+
+    def fn(payload: int) -> int:
+        if payload == 0 and recorded:
+            current_attempt().record(**recorded)
+        return payload
+
+    policy = ExecutionPolicy(1, **({} if how == "none" else bound))
+    report = ConcurrentExecutor(fn, policy, on_event=events.append if watched else None).run(range(9))
+    each_one = {} if how == "none" else {"tokens": 1.0}     # where nobody counts, a number names nothing
+    first = {**each_one, **recorded}
+    made = 9 if how == "none" else 5 if recorded else 6
+    usage = [{"calls": 1.0, **used} for used in [first, *[each_one] * (made - 1)]]
+    total: Counter[str] = Counter()
+    for one in usage:
+        total.update(one)       # type: ignore[arg-type]
+    assert [result.usage for result in report.results if result.ok] == usage
+    assert report.usage == report.by_source["default"].usage == total
+    assert report.by_source["default"].remaining == ({} if how == "none" else {"tokens": 0})
+    assert [event.usage for event in events if event.kind == "answer"] == (usage if watched else [])
+
+
+@worlds
+def test_what_is_used_up_but_for_rounding_remains_as_0(world: str) -> None:
+    tasks = [Task(number) for number in range(12)]
+    play = Play(tasks, each(12, [Call()]), ExecutionPolicy(3, budget={"cost": 1.0}), 0.1)
+    report = WORLDS[world](play)
+    settled(play, report)
+    assert (report.success_count, report.skipped_count) == (10, 2)
+    assert report.by_source["paid"].remaining == {"cost": 0}                # and no 1.1e-16
+
+
+def test_of_a_quota_that_is_used_up_but_for_rounding_nothing_remains() -> None:
+    quota = Quota(1.0, unit="cost")
+    for _ in range(10):
+        quota.reserve(0.1).commit()
+    assert quota.remaining == 0
+
+
+def test_tokens_and_cost_may_be_named_where_nothing_is_bounded() -> None:
+    amount = {"calls": 2, "tokens": 5, "cost": 0.25}
+    report: Any = TaskScheduler(str).run([Task(0, amount=amount), Task(1, amount={"bytes": 1})])
+    assert report.results[0].usage == {"calls": 1.0, "tokens": 5, "cost": 0.25}
+    allowed = "a mapping from calls or cost or tokens to a number: nothing here counts bytes"
+    assert str(report.results[1].error) == f"amount is {{'bytes': 1}}, allowed is {allowed}"
 
 
 # ---- waiting for what others give back -------------------------------------------------------------------------------
@@ -711,6 +854,23 @@ def test_how_long_calls_took_under_asyncio() -> None:
 
     report = asyncio.run(AsyncConcurrentExecutor(fn, ExecutionPolicy(5), clock=clock).run(range(200)))
     near(report.by_source["default"], [lasting(number) for number in range(200)])
+
+
+def test_calls_that_were_never_made_took_no_time() -> None:
+    clock, events = VirtualClock(), []
+
+    def fn(number: int) -> None:
+        if number == 0:
+            raise TaskError("no")
+        clock.sleep(5.0)
+
+    stop = StopConditions(max_failures=1, in_flight="abandon")
+    report = ConcurrentExecutor(fn, ExecutionPolicy(8, stop=stop), clock=clock, on_event=events.append).run(range(8))
+    source = report.by_source["default"]
+    assert sum(event.kind == "revoked" for event in events) == 8 - source.calls > 0
+    assert source.times is not None
+    near(source, [0.0] * source.calls)
+    assert source.times.copy().count == source.calls
 
 
 def test_failed_calls_retries_and_those_given_up_count_too() -> None:

@@ -548,7 +548,7 @@ def test_a_call_within_an_attempt_is_withdrawn_with_it() -> None:
         done.set()
 
     ConcurrentExecutor(outer, ExecutionPolicy(timeout=0.1)).run([0])
-    assert done.wait(PATIENCE) and errors == ["the task was cancelled: timeout"]
+    assert done.wait(PATIENCE) and errors == ["the task was cancelled: timeout (default)"]
     answered.set()
     until(lambda: seen)
     assert seen == [(True, "timeout")]

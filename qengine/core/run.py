@@ -7,7 +7,7 @@
     submitted(attempt, now)             a task from outside, where the feed is not pulled; closed(feed, now): no more
     delivered(lane, now)                a consumer took results of that lane (streams only); thinned(now): of many lanes
     wake(lane, now)                     another run had an outcome that the lane waits for
-    revoked(attempt, now)               it was given up before a worker picked it up
+    revoked(attempt, now)               it was given up before a worker picked it up; given_up(attempt): after that
     withdrawn(attempt, reason, now)     nobody wants its result any more
     cancel(reason, now)                 stop
     alarm_at(at, ring, now)             call back at an instant
@@ -441,6 +441,10 @@ class Run:
         if lane.purse is not None:
             lane.purse.undo(attempt.holds)
             self._look_again()
+
+    def given_up(self, attempt: Attempt) -> None:
+        """Note that an attempt that was given up had been made: a worker had begun with it."""
+        attempt.lane.took(attempt.duration)
 
     def withdrawn(self, attempt: Attempt, reason: str, now: float) -> None:
         """Cancel one task, wherever it is: whoever submitted it no longer waits for it."""
@@ -1335,8 +1339,6 @@ class Run:
         attempt.reason = reason
         attempt.duration = max(0.0, now - attempt.started_at)  # a worker that begins just now reads its clock later
         lane.busy_seconds += attempt.duration
-        if attempt.is_begun:  # else it will turn out never to have been made
-            lane.took(attempt.duration)
         lane.last_given_up = now
         used = self._count_usage(attempt)
         if self._note is not None:

@@ -338,6 +338,7 @@ class Crew:
         self._interrupt(worker)
         target.worker = None  # whoever keeps the attempt is not to keep its worker
         if isinstance(target, Attempt):
+            self.run.given_up(target)
             self.untold.append(partial(tell_cancelled, target, step.reason))
 
     def _take_back(self, work: Work, now: float) -> None:

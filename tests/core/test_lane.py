@@ -72,6 +72,27 @@ def test_all_of_a_quota_may_be_asked_for_at_once_and_not_more() -> None:
         lane.check(11)
 
 
+def test_what_a_number_names_is_what_its_allowances_count() -> None:
+    lane = make_lane(tariff=Tariff(0.25), allowances=[Quota(10, "pages"), Quota(10)])
+    assert lane.used_by(3) == {"pages": 3, "cost": 0.25}
+    assert lane.used_by(3, {"pages": 1, "cost": 0}) == {"pages": 1, "cost": 0}
+    assert make_lane(tariff=Tariff(0.25)).used_by(3) == {"cost": 0.25}
+
+
+@pytest.mark.parametrize(("amount", "refused"), [
+    (3, ""), ({"calls": 2, "tokens": 3, "cost": 1.0}, ""), ({"pages": 3, "cost": 9}, ""),
+    ({"bytes": 3, "tokens": 1}, "a mapping from calls or cost or pages or tokens to a number: .* counts bytes"),
+])
+def test_tokens_and_cost_are_counted_everywhere_and_other_units_by_somebody(amount: Any, refused: str) -> None:
+    lane = make_lane(allowances=[Quota(10, "pages")])
+    assert make_lane().units == {"tokens", "cost"}
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            lane.check(amount)
+    else:
+        lane.check(amount)
+
+
 @pytest.mark.parametrize(("amount", "part"), [(1, 0.25), (3, 0.25), ({"tokens": 7}, 0.25), ({"cost": 2.0}, 2.0)])
 def test_what_money_a_call_takes_is_what_it_says_or_what_any_costs(amount: Any, part: float) -> None:
     lane = make_lane(tariff=Tariff(0.25), allowances=[Quota(10, "cost")])
@@ -100,7 +121,7 @@ def test_calls_used_what_they_have_recorded_and_the_others_what_was_said() -> No
     lane = make_lane(tariff=Tariff(0.5))
     attempt = make_attempt(Task("a", amount={"tokens": 10}), lane)
     attempt.number = 3
-    attempt.remember().recorded.append({"tokens": 4.0})
+    attempt.remember().count(lane.used_by(attempt.amount, {"tokens": 4.0}))
     assert attempt.usage == {"calls": 3.0, "tokens": 24.0, "cost": 1.5}
 
 

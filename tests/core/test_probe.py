@@ -11,8 +11,8 @@ import pytest
 from core.support import STEADY, Garden, counting, make_lane, make_tree
 
 from qengine import Event, RateLimit, StopConditions
-from qengine.core.lane import Attempt, Feed, FeedKind, Lane
 from qengine.core.hold import PROBE_AWAITED, PROBED_EVERY
+from qengine.core.lane import Attempt, Feed, FeedKind, Lane
 from qengine.core.run import Run
 from qengine.core.steps import DONE, Cancel, Raised, Step, Wait
 from qengine.core.tree import Tree

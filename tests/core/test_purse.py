@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -186,7 +185,7 @@ def test_a_number_is_so_much_of_every_unit_that_is_counted_reserved_and_used_ali
     assert Tariff(prices).used_by(purse.named(amount), recorded) == used
     if recorded is None:
         assert purse.parts(amount) == [1, *(used.get(unit, 0.0) for unit in ("tokens", "pages", "cost"))]
-    assert Purse(counted[:1], Tariff(prices)).named(5) == {}       # of calls a number is no use
+    assert Purse(counted[:1], Tariff(prices)).named(5) == {}       # a call is one, whatever its amount
 
 
 def test_what_costs_by_its_tokens_is_reserved_by_them() -> None:
@@ -311,174 +310,6 @@ def test_what_is_its_own_or_of_another_unit_holds_back_the_free_as_well() -> Non
     for purse in (Purse([spent], Tariff()), Purse([], Tariff(), [tokens]), Purse([spent], Tariff(), [pool])):
         assert not purse.fits(purse.parts({}))
         assert purse.reserve(purse.parts({})) is None
-
-
-# ---- against a model -------------------------------------------------------------------------------------------------
-
-UNITS = ("calls", "tokens", "cost", "pages")
-
-
-class Model:
-    """The calls that are in flight, and those that are over, each with what it is of each allowance."""
-
-    def __init__(self, allowances: Sequence[Any], prices: Any) -> None:
-        self.limits = [(allowance.unit, allowance.limit) for allowance in allowances]
-        self.counts_attempts = [allowance.unit == "calls" and isinstance(allowance, Budget) for allowance in allowances]
-        self.prices = prices if isinstance(prices, Mapping) else {"calls": prices}
-        self.reserved: dict[int, list[float]] = {}
-        self.used: dict[int, list[float]] = {}
-
-    def parts(self, amount: Any) -> list[float]:
-        """How much of each allowance a call of an amount is to use."""
-        named = dict(amount) if isinstance(amount, Mapping) else {unit: amount for unit, _ in self.limits}
-        calls = named.pop("calls", 1) if isinstance(amount, Mapping) else amount
-        if not isinstance(amount, Mapping) or "cost" not in amount:
-            named["cost"] = sum(price * {**named, "calls": 1}.get(unit, 0.0) for unit, price in self.prices.items())
-        return [
-            1.0 if attempts else calls if unit == "calls" else named.get(unit, 0.0)
-            for (unit, _), attempts in zip(self.limits, self.counts_attempts, strict=True)
-        ]
-
-    def taken(self, place: int) -> float:
-        return sum(row[place] for row in (*self.reserved.values(), *self.used.values()))
-
-    def spent(self, place: int) -> float:
-        return sum(row[place] for row in self.used.values())
-
-    def gone(self, place: int) -> float:
-        """What does not come back: what is used, and calls that are being made."""
-        return self.taken(place) if self.limits[place][0] == "calls" else self.spent(place)
-
-    def fits(self, parts: list[float], taken: Callable[[int], float]) -> bool:
-        return all(
-            taken(place) + part <= limit and taken(place) < limit
-            for place, ((_, limit), part) in enumerate(zip(self.limits, parts, strict=True))
-        )
-
-    def settle(self, call: int, used: Mapping[str, float] | None) -> None:
-        row = self.reserved.pop(call)
-        self.used[call] = [
-            part if used is None or unit == "calls" else used.get(unit, part)
-            for (unit, _), part in zip(self.limits, row, strict=True)
-        ]
-
-    @property
-    def remaining(self) -> dict[str, float]:
-        left: dict[str, float] = {}
-        for place, (unit, limit) in enumerate(self.limits):
-            left[unit] = min(left.get(unit, limit), limit - self.taken(place))
-        return left
-
-
-@pytest.mark.stress
-def test_at_random_it_does_what_the_model_says(stress_count: Callable[[int], int]) -> None:
-    for seed in range(stress_count(60)):
-        rng = random.Random(seed)
-        allowances: list[Any] = [
-            rng.choice([lambda unit, limit: Shared(limit, unit), Budget, Budget])(
-                rng.choice(UNITS), rng.choice([0, 1, 2.5, 8, 30])
-            )
-            for _ in range(rng.choice([1, 2, 3, 5]))
-        ]
-        prices: Any = rng.choice([0.0, 0.5, {"tokens": 0.25}, {"calls": 1.0, "pages": 0.5}])
-        purse, model = Purse(allowances, Tariff(prices)), Model(allowances, prices)
-        holds: dict[int, list[Hold]] = {}
-        for call in range(60):
-            amount: Any = rng.choice([1, 2, {}, {"tokens": rng.randint(0, 4)}, {"cost": 0.5, "pages": 2, "calls": 0}])
-            parts = model.parts(amount)
-            assert purse.parts(amount) == parts, (seed, amount)
-            assert purse.fits(parts) == model.fits(parts, model.taken), seed
-            assert purse.might_fit(parts) == model.fits(parts, model.gone), seed
-            made = purse.reserve(parts)
-            assert (made is not None) == model.fits(parts, model.taken), seed
-            if made is not None:
-                holds[call], model.reserved[call] = made, parts
-            for other in rng.sample(sorted(holds), min(len(holds), rng.choice([0, 0, 1, 2]))):
-                if other in model.reserved and rng.random() < 0.7:
-                    used = rng.choice([None, {}, {unit: rng.choice([0, 1, 2.5]) for unit in rng.sample(UNITS, 2)}])
-                    purse.settle(holds[other], used)
-                    model.settle(other, used)
-                elif rng.random() < 0.3:
-                    purse.undo(holds.pop(other))
-                    model.reserved.pop(other, None)
-                    model.used.pop(other, None)
-            assert purse.remaining == pytest.approx(model.remaining, abs=1e-9), seed
-            for place, allowance in enumerate(allowances):
-                assert allowance.unused == pytest.approx(allowance.limit - model.spent(place), abs=1e-9), seed
-
-
-# ---- in a run --------------------------------------------------------------------------------------------------------
-
-
-def paying(*allowances: Allowance, **fields: Any) -> Any:
-    return make_lane(allowances=allowances, **fields)
-
-
-def recorded(trial: Trial, attempt: Any, now: float, **used: float) -> None:
-    """An attempt succeeds, and has recorded that."""
-
-    class View:
-        pass
-
-    View.used = used            # type: ignore[attr-defined]
-    attempt.view = View
-    trial.succeed(attempt, now)
-
-
-def test_one_waits_for_what_another_may_give_back_and_starts_in_that_instant() -> None:
-    budget = Budget("tokens", 10)
-    trial = Trial(paying(budget, concurrency=4), inputs=[Task(name, amount={"tokens": 6}) for name in "abc"])
-    first, = trial.start()
-    recorded(trial, first, 3.0, tokens=2.0)
-    second, = trial.start(3.0)
-    assert (second.payload, budget.remaining) == ("b", 2)
-    recorded(trial, second, 4.0, tokens=6.0)
-    assert trial.start(4.0) == []
-    assert trial.statuses == [SUCCEEDED, SUCCEEDED, SKIPPED] and trial.reasons[2] == "budget_exhausted"
-    assert trial.told("result")[-1] == (4.0, "result", 2)
-    report, = trial.run.reports()
-    assert report.remaining == {"tokens": 2} and report.remaining_budget is None
-
-
-def test_one_does_not_wait_when_nobody_can_give_anything_back() -> None:
-    budget = Budget("tokens", 10)
-    assert budget.reserve(6) is not None        # by somebody else, of whom this run will not hear
-    trial = Trial(paying(budget, concurrency=4), inputs=[Task("a", amount={"tokens": 6})])
-    assert trial.start() == []
-    assert trial.statuses == [SKIPPED] and trial.told("result")[0][0] == 0.0
-
-
-def test_a_lane_is_woken_by_what_another_gives_back_and_only_if_they_share_it() -> None:
-    common = Budget("tokens", 10)
-    one, other = paying(common, name="one"), paying(common, name="other")
-    own = paying(Budget("tokens", 10), name="own")
-    lanes = {"a": one, "b": other, "c": own, "d": own}
-    trial = Trial(one, other, own, inputs=[Task(name, amount={"tokens": 6}) for name in "abcd"],
-                  lane_of=lambda task: lanes[task.payload])
-    started = trial.start()
-    assert payloads(started) == ["a", "c"]
-    recorded(trial, started[1], 1.0, tokens=5.0)
-    assert trial.start(1.0) == [] and trial.told("result")[-1] == (1.0, "result", 3)    # 5 are used, and 6 not there
-    recorded(trial, started[0], 2.0, tokens=4.0)
-    assert payloads(trial.start(2.0)) == ["b"]
-    assert common.remaining == 0
-
-
-def test_what_is_revoked_is_given_back_and_is_no_usage() -> None:
-    budget = Budget("tokens", 10)
-    lane = paying(budget, concurrency=2, budget=5)
-    trial = Trial(lane, inputs=[Task(name, amount={"tokens": 4}) for name in "ab"], in_flight="abandon")
-    first, second = trial.start()
-    trial.run.cancel("enough", 1.0)
-    cancels = [step for step in trial.steps(1.0) if isinstance(step, Cancel)]
-    assert [cancel.target for cancel in cancels] == [first, second]
-    assert budget.remaining == 2
-    trial.run.revoked(second, 1.0)
-    assert (budget.remaining, lane.budget) == (6, 4)
-    told = {event.kind: event.usage for event in trial.events if event.index == 1}
-    assert told["abandoned"] == {"tokens": 4, "calls": 1.0} and told["revoked"] == {"tokens": -4, "calls": -1.0}
-    report, = trial.run.reports()
-    assert (report.calls, report.usage, report.remaining) == (1, {"tokens": 4, "calls": 1.0}, {"tokens": 6, "calls": 4})
 
 
 # ---- against a model -------------------------------------------------------------------------------------------------

@@ -1170,7 +1170,7 @@ def test_a_lane_reports_what_it_did() -> None:
     assert (report.calls, report.retries, report.throttled) == (4, 1, 1)
     assert (report.success_count, report.failure_count) == (2, 0)
     assert (report.first_at, report.last_at, report.busy_seconds) == (1.0, 9.0, 8.0)
-    assert (report.cost, report.remaining_budget, report.usage) == (2.0, 6, {"calls": 4.0, "cost": 2.0})
+    assert (report.cost, report.remaining_budget, report.usage) == (1.5, 6, {"calls": 4.0, "cost": 1.5})
 
 
 def test_what_was_used_is_counted_by_unit() -> None:
@@ -1558,20 +1558,47 @@ def test_a_report_may_be_asked_for_twice() -> None:
     assert (lane.report(0.0).cost, lane.report(0.0).usage) == (2.5, first.usage)
 
 
-def test_a_throttled_call_is_used_though_it_is_no_attempt() -> None:
+def test_a_throttled_call_is_one_though_it_is_no_attempt_and_has_used_nothing_else() -> None:
     lane = make_lane(TOKENS, tariff=Tariff(0.5))
     trial = Trial(lane, data=tokens(7))
     trial.throttle(*trial.start(0.0), 0.0, 2.0)
     trial.succeed(*trial.start(2.0), 3.0)
     (attempt,) = trial.records
-    assert (attempt.number, attempt.usage) == (1, {"calls": 2.0, "tokens": 14, "cost": 1.0})
+    assert (attempt.number, attempt.usage) == (1, {"calls": 2.0, "tokens": 7, "cost": 0.5})
     assert lane.report(0.0).usage == attempt.usage
+    assert [event.usage for event in trial.events if event.kind == "answer"] == [
+        {"tokens": 0.0, "cost": 0.0, "calls": 1.0}, {"tokens": 7, "cost": 0.5, "calls": 1.0},
+    ]
 
 
 def test_a_call_throttled_for_too_long_is_counted_once() -> None:
     trial = Trial(make_lane(TOKENS), data=tokens(7))
     trial.throttle(*trial.start(0.0), 0.0, 1e6)
-    assert trial.records[0].usage == {"calls": 1.0, "tokens": 7}
+    assert trial.records[0].usage == {"calls": 1.0, "tokens": 0.0}
+
+
+@pytest.mark.parametrize("data", [["a"], [Task("a", amount={"cost": 0.5})], [Task("a", amount=1)]])
+def test_a_bare_call_that_is_throttled_is_no_cost_either(data: list[Any]) -> None:
+    """Be it one of a lane in which nobody has recorded or named anything."""
+    lane = make_lane(tariff=Tariff(0.5))
+    trial = Trial(lane, data=data, quiet=True)
+    trial.throttle(*trial.start(0.0), 0.0, 2.0)
+    trial.throttle(*trial.start(2.0), 2.0, 2.0)
+    trial.succeed(*trial.start(4.0), 5.0)
+    assert lane.report(0.0).usage == {"calls": 3.0, "cost": 0.5}
+    assert trial.records[0].usage == {"calls": 3.0, "cost": 0.5}
+
+
+def test_what_a_throttled_call_was_to_use_is_given_back_to_its_limits() -> None:
+    lane = make_lane(RateLimit(per_second=1, burst=10, unit="tokens"), concurrency=2)
+    trial = Trial(lane, data=tokens(8, 8))
+    (first,) = trial.start(0.0)
+    assert trial.wait_until(0.0) == pytest.approx(6.0)
+    trial.throttle(first, 1.0, 2.0)
+    (again,) = trial.start(3.0)
+    assert again.payload == first.payload       # 10 are there: nothing is owed for what was refused
+    assert trial.start(8.9) == []
+    assert [attempt.index for attempt in trial.start(9.0)] == [1]
 
 
 def test_what_a_call_used_is_said_apart_from_the_call() -> None:

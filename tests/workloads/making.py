@@ -255,7 +255,7 @@ class _Maker:
         if others and self.often(0.6):
             amount = {unit: self.rng.choice([0, 1, 2, 3.5, 7]) for unit in others if self.often(0.8)}
             return {**amount, "calls": self.rng.choice([0, 1, 2])} if self.often(0.2) else amount
-        return self.rng.choice([2, 3, 0.5, {"bytes": 1}]) if self.often(0.15) else 1
+        return self.rng.choice([2, 3, 0.5, {"bytes": 1}, {"tokens": 2}]) if self.often(0.15) else 1
 
     def seconds(self) -> float:
         if self.quick:
@@ -301,7 +301,9 @@ class _Maker:
             name: replace(self.policy(StopConditions(), batches=False), lookahead=lookahead)
             for name in ("red", "green", "blue")[: rng.choice([1, 2, 2, 3])]
         }
-        prices: list[Cost] = [0.5, 2.0, {"tokens": 0.25}, {"calls": 0.5, "tokens": 0.125}]
+        prices: list[Cost] = [
+            0.5, 2.0, {"tokens": 0.25}, {"calls": 0.5, "tokens": 0.125}, {"tokens": 0.25, "pages": 0.5},
+        ]
         self.costs = {name: rng.choice(prices) for name in lanes} if self.often(0.3) else {}
         self.records = self.records or bool(self.costs)
         often = 0.6 if self.costs else 0.25
@@ -339,7 +341,7 @@ class _Maker:
         """Perhaps one or several, each of some of the lanes."""
         if not self.often(often):
             return ()
-        units = ["cost", "cost", "tokens"] if self.costs else ["calls", "calls", "tokens", "cost"]
+        units = ["cost", "cost", "tokens", "pages"] if self.costs else ["calls", "calls", "tokens", "cost"]
         count = self.rng.choice([1, 1, 2, 3])
         drawn = [
             Share(self.rng.choice([1, 2, 5, 12, 40]), self.rng.choice(groups), self.rng.choice(units))

@@ -204,9 +204,36 @@ class Workload:
         return [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
 
     def units_of(self, lane: str) -> set[str]:
-        """What its limits, its quotas, its budget and its prices count."""
-        counted = [*(limit.unit for limit in self.limits_of(lane)), *(share.unit for share in self.shares_of(lane))]
-        return {"calls", *counted, *budgets_of(self.lanes[lane]), *priced_by(self.cost_of(lane))}
+        """What an amount there may name: what everybody counts, its limits, its quotas, its budget and its prices."""
+        limited = {limit.unit for limit in self.limits_of(lane)}
+        return {"calls", "cost", "tokens", *limited, *self.allotted(lane), *_prices(self.cost_of(lane))}
+
+    def allotted(self, lane: str) -> set[str]:
+        """What its budgets and quotas count."""
+        return {*budgets_of(self.lanes[lane]), *(share.unit for share in self.shares_of(lane))}
+
+    def used_by(self, lane: str, amount: Any, recorded: Mapping[str, float]) -> dict[str, float]:
+        """What a call of a lane used, by unit: what it recorded, else what its amount names; what costs goes by that.
+
+        A number names as much of every unit that its budgets and quotas count.
+        """
+        if not isinstance(amount, Mapping):
+            amount = dict.fromkeys(self.allotted(lane) - {"cost"}, amount)
+        return _used_by(amount, recorded, self.cost_of(lane))
+
+    def reserved_part(self, lane: str, amount: Any, unit: str) -> float:
+        """How much of a quota of calls, or of what else is counted there, a call of an amount is to use."""
+        return part_of(amount, "calls") if unit == "calls" else self.used_by(lane, amount, {}).get(unit, 0.0)
+
+    def refused(self, lane: str, amount: Any) -> dict[str, float]:
+        """What it is as if a call had recorded that the source has not taken: nothing of all that it was to use."""
+        return {unit: 0.0 for unit in self.used_by(lane, amount, {}) if unit != "calls"}
+
+    def with_cost(self, lane: str, amount: Any, recorded: Mapping[str, float]) -> dict[str, float]:
+        """What a call recorded, and what that costs if it has a price."""
+        if "cost" in recorded or _prices(self.cost_of(lane)).keys().isdisjoint(recorded):
+            return dict(recorded)
+        return {**recorded, "cost": self.used_by(lane, amount, recorded).get("cost", 0.0)}
 
     def __str__(self) -> str:
         return f"workload {self.seed}:\n{as_code(self)}"
@@ -229,14 +256,7 @@ def part_of(amount: Any, unit: str) -> float:
     return float(amount.get(unit, unit == "calls")) if isinstance(amount, Mapping) else float(amount)
 
 
-def reserved_part(amount: Any, unit: str, cost: Cost) -> float:
-    """How much of a budget or a quota of that unit an amount is; of money, unless it says so, what it costs."""
-    return used_by(amount, {}, cost).get("cost", 0.0) if unit == "cost" else part_of(amount, unit)
-
-
-def used_by(amount: Any, recorded: Mapping[str, float], cost: Cost) -> dict[str, float]:
-    """What a call used, by unit: what it recorded, else what its amount names; what costs goes by that."""
-    named = {unit: part for unit, part in amount.items() if unit != "calls"} if isinstance(amount, Mapping) else {}
+def _used_by(named: Mapping[str, float], recorded: Mapping[str, float], cost: Cost) -> dict[str, float]:
     prices = _prices(cost)
     each = prices.pop("calls", 0.0)
     used = {**named, **recorded, "calls": 1.0}
@@ -247,14 +267,8 @@ def used_by(amount: Any, recorded: Mapping[str, float], cost: Cost) -> dict[str,
     return used
 
 
-def with_cost(amount: Any, recorded: Mapping[str, float], cost: Cost) -> dict[str, float]:
-    """What a call recorded, and what that costs if it has a price."""
-    priced = _prices(cost).keys() & recorded.keys() and "cost" not in recorded
-    return {**recorded, "cost": used_by(amount, recorded, cost).get("cost", 0.0)} if priced else dict(recorded)
-
-
 def priced_by(cost: Cost) -> set[str]:
-    """The units that a source with such a cost knows of."""
+    """The units that have a price; and money, where it is not for nothing."""
     prices = _prices(cost)
     return {*prices, *(["cost"] if any(prices.values()) else [])} - {"calls"}
 

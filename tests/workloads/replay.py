@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qengine import Event
 
 from .books import EPS, AllowanceBook, GateBook, LaneBook, Span
-from .model import Job, Workload, part_of, reserved_part, verdict_on
+from .model import Job, Workload, part_of, verdict_on
 
 if TYPE_CHECKING:
     from .oracle import Oracle
@@ -205,9 +205,9 @@ class Replay:
 
     def _parts(self, book: LaneBook, index: int) -> list[Span]:
         """How much of each of its allowances a task is; of one that is not known, at least and at most."""
-        job, cost = self._job(index), self.workload.cost_of(book.name)
+        job, reserved = self._job(index), self.workload.reserved_part
         jobs = [other for other in self.workload.jobs if other.lane == book.name] if job is None else [job]
-        rows = [[reserved_part(other.amount, allowance.unit, cost) for other in jobs] for allowance in book.purse]
+        rows = [[reserved(book.name, other.amount, allowance.unit) for other in jobs] for allowance in book.purse]
         return [(min(row), max(row)) for row in rows]
 
     def _job(self, index: int) -> Job | None:
