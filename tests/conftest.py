@@ -174,12 +174,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def stress_count() -> Callable[[int], int]:
     """`stress_count(small)`: how many rounds a test marked `stress` makes: QENGINE_STRESS, or `small` without it.
 
-    Under coverage, where each takes three times as long and the same lines are passed, it is a quarter of `small`.
+    Under coverage, where each takes three times as long and the same lines are passed, it is an eighth of `small`.
     """
 
     def count(small: int) -> int:
         text = os.environ.get("QENGINE_STRESS", "")
-        return int(text) if text else max(3, small // 4) if UNDER_COVERAGE else small
+        return int(text) if text else max(3, small // 8) if UNDER_COVERAGE else small
 
     return count
 

@@ -44,6 +44,8 @@ HANGS = math.inf        # but ends when it is told to
 Step = tuple[float, Any]
 """How long a call takes and what it comes to: a value, or an error to raise."""
 
+pytestmark = pytest.mark.not_under_coverage("it runs each scenario in several worlds, through lines that all others pass")
+
 
 @dataclass
 class Scenario:
