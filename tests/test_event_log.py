@@ -44,7 +44,7 @@ HANGS = math.inf        # but ends when it is told to
 Step = tuple[float, Any]
 """How long a call takes and what it comes to: a value, or an error to raise."""
 
-pytestmark = pytest.mark.not_under_coverage("it runs each scenario in several worlds, through lines that all others pass")
+pytestmark = pytest.mark.not_under_coverage("each scenario in several worlds, through lines that all others pass")
 
 
 @dataclass
