@@ -605,7 +605,7 @@ class Run:
             attempt.rank = (*attempt.rank, attempt.index)
         elif task.priority:
             attempt.rank = (task.priority, attempt.index)
-        is_routed = attempt.trail is not None and attempt.trail.route is not None  # and was checked for each source
+        is_routed = attempt.route is not None  # and was checked for each source
         if attempt.outcome is None and attempt.reason is None and not is_routed:
             try:
                 refuse_routes(task)

