@@ -134,6 +134,23 @@ class Query(Task[P]):
     source: str = ""
 
 
+class _Used:
+    """What has a `usage` by unit."""
+
+    __slots__ = ()
+    usage: dict[str, float] | Mapping[str, float]
+
+    @property
+    def cost(self) -> float:
+        """The usage of the unit "cost": what its calls cost."""
+        return self.usage.get("cost", 0.0)
+
+    @property
+    def tokens(self) -> float:
+        """The usage of the unit "tokens"."""
+        return self.usage.get("tokens", 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Hop:
     """One source that a task was with, of several that could do it.
@@ -150,7 +167,7 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskResult(Generic[P, V]):
+class TaskResult(_Used, Generic[P, V]):
     """What became of one task.
 
     `attempts` counts the calls made that count.  `usage` is by unit what all calls made used: "calls", those that were
@@ -171,16 +188,6 @@ class TaskResult(Generic[P, V]):
     started_at: float | None = None
     duration: float = 0.0
     trail: tuple[Hop, ...] = ()
-
-    @property
-    def cost(self) -> float:
-        """The usage of the unit "cost": what all calls made for it cost."""
-        return self.usage.get("cost", 0.0)
-
-    @property
-    def tokens(self) -> float:
-        """The usage of the unit "tokens"."""
-        return self.usage.get("tokens", 0.0)
 
     @property
     def ok(self) -> bool:
@@ -215,7 +222,7 @@ _put_node, _put_level, _put_source = (getattr(Query, name).__set__ for name in (
 (
     _put_task, _put_status, _put_value, _put_error, _put_reason, _put_attempts, _put_usage, _put_from, _put_at,
     _put_for, _put_trail,
-) = (getattr(TaskResult, of.name).__set__ for of in fields(TaskResult))  # fmt: skip
+) = (getattr(TaskResult, of.name).__set__ for of in fields(TaskResult))
 
 # What the engine itself makes, one for each task: as the classes would, in a third of the time, for nothing is checked.
 
@@ -305,7 +312,7 @@ class _Timed:
 
 
 @dataclass(slots=True)
-class SourceReport(_Timed):
+class SourceReport(_Used, _Timed):
     """What one source, or one lane, did in a run.
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
@@ -337,16 +344,6 @@ class SourceReport(_Timed):
     def skipped_count(self) -> int:
         """Tasks never tried."""
         return sum(self.skipped.values())
-
-    @property
-    def cost(self) -> float:
-        """The usage of the unit "cost": what its calls cost."""
-        return self.usage.get("cost", 0.0)
-
-    @property
-    def tokens(self) -> float:
-        """The usage of the unit "tokens"."""
-        return self.usage.get("tokens", 0.0)
 
     @property
     def remaining_budget(self) -> float | None:
