@@ -14,18 +14,23 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 from weakref import ref
 
 from .core.limits import LimitSet
 from .drivers.calls import is_async
-from .drivers.clock import CanCancel
+from .drivers.clock import SYSTEM_CLOCK, CanCancel
+from .drivers.handover import Lender
 from .drivers.virtual import VirtualClock, clock_of
 from .errors import optional, refuse, refuse_type, require_at_least, require_callable
+from .limit_store import LimitStore
 from .limiter import ONE, LimiterBase, P, R, RateLimiter, ReservationBase
-from .line import Line, Place, open_line
+from .line import Line, Place
 from .model import Amount
 from .policy import RateLimit, Window
+from .stored_line import StoredLine, open_line
+
+T = TypeVar("T")
 
 _ONE_STEP = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 """Whether a check and an assignment, with no call in between, are one step to all other threads.
@@ -181,6 +186,44 @@ def _same(timer: asyncio.TimerHandle) -> asyncio.TimerHandle:
     return timer
 
 
+class _Aside:
+    """The thread on which the tasks of one loop use a store: there as long as any of them waits."""
+
+    __slots__ = ("_asides", "_key", "_lender", "users")
+
+    def __init__(self, asides: dict[int, _Aside], key: int) -> None:
+        self._asides = asides
+        self._key = key
+        self._lender = Lender(SYSTEM_CLOCK, "qengine-limiter")
+        self.users = 0
+
+    async def run(self, fn: Callable[[], T]) -> T:
+        """Run a function there, and wait for it."""
+        value: T = await self._lender.run(fn, None)
+        return value
+
+    def leave(self, fn: Callable[[], object]) -> None:
+        """Have a function run on a thread, for which nobody waits."""
+        SYSTEM_CLOCK.begin(SYSTEM_CLOCK.thread(fn, (), "qengine-limiter"))
+
+    def end(self) -> None:
+        """Have one user less, and with the last one let the thread end."""
+        self.users -= 1
+        if not self.users:
+            self._asides.pop(self._key, None)
+            self._lender.end()
+
+
+def _aside(asides: dict[int, _Aside]) -> _Aside:
+    """Return the running loop's, with one user more."""
+    key = id(asyncio.get_running_loop())
+    aside = asides.get(key)
+    if aside is None:
+        aside = asides[key] = _Aside(asides, key)
+    aside.users += 1
+    return aside
+
+
 class AsyncRateLimiter(LimiterBase):
     """Grants permits to tasks at the rate that all its limits allow: `RateLimiter`, with await.
 
@@ -191,6 +234,12 @@ class AsyncRateLimiter(LimiterBase):
         sleep_fn: An async function that sleeps so many seconds; None for `asyncio.sleep`, or for that of the
             VirtualClock that `now_fn` is of.
         initial: Tokens in each bucket at the start; None for full ones.
+        store: Where its state is, such as a `SqliteStore`; see `RateLimiter`, also for what is otherwise then.
+        key: Its name in the store.
+
+    What is awaited uses the store on a thread, never in the loop; who is cancelled gives back what was taken for it,
+    if nothing has been taken after that.  The plain methods use it where they are called: for what may not wait for
+    another process's transaction, there is `await acquire(timeout=0)` in place of `try_acquire`.
 
     Use it by hand, as an async context manager, or as a decorator of coroutine functions: one permit each.
 
@@ -215,9 +264,11 @@ class AsyncRateLimiter(LimiterBase):
         now_fn: Callable[[], float] | None = None,
         sleep_fn: Callable[[float], Awaitable[object]] | None = None,
         initial: float | None = None,
+        store: LimitStore | None = None,
+        key: str | None = None,
     ) -> None:
         optional(require_callable, "sleep_fn", sleep_fn)
-        line = _line_of(limits, now_fn, initial)
+        line = _line_of(limits, now_fn, initial, store, key)
         clock = clock_of(line.now_fn if sleep_fn is None else sleep_fn)
         if sleep_fn is not None and clock is None and not is_async(sleep_fn):
             refuse_type("sleep_fn", sleep_fn, "an async function: a plain one would hold up the event loop")
@@ -226,6 +277,8 @@ class AsyncRateLimiter(LimiterBase):
         self._short = self._limits if is_own and _ONE_STEP else _SHUT
         self._sleep_fn = None if clock is not None else sleep_fn
         self._kept_by: dict[int, _Kept] = {}  # by the identity of a loop
+        self._asides: dict[int, _Aside] = {}
+        self._is_real = clock is None
         self._make_latch: Callable[[], AsyncLatch] = LoopLatch if clock is None else partial(LoopLatch, clock)
 
     async def acquire(self, amount: Amount = 1, timeout: float | None = None) -> bool:
@@ -255,21 +308,22 @@ class AsyncRateLimiter(LimiterBase):
 
     async def _acquire(self, amount: Amount, timeout: float | None) -> bool:
         optional(require_at_least, "timeout", timeout, 0.0)
-        if not (amount is ONE and self._line.is_busy) and self.try_acquire(amount):
+        line = self._line
+        if not (line.is_busy and (amount is ONE or line.is_stored)) and self.try_acquire(amount):
             return True
         place = self._place(amount, timeout)
         if place is None:
             return False
-        kept = _keep(self._line, self._kept_by, place)
+        kept = _keep(line, self._kept_by, place)
         try:
-            return await self._wait(place, self._line.join)
+            return await self._wait(place, line.join)
         finally:
             # No signal interrupts this: at the worst, a place for nothing is left in the line.
             place.wake, place.amount, place.plan = None, 0, None
             try:
-                self._line.leave(place)
+                line.leave(place)
             except BaseException:  # a signal handler raised in the middle of it
-                self._line.leave(place)
+                line.leave(place)
                 raise
             finally:
                 kept.release(place)
@@ -308,15 +362,30 @@ class AsyncRateLimiter(LimiterBase):
         place.sleeps = self._sleep_fn is not None
         place.is_over = asyncio.get_running_loop().is_closed  # a keeper may itself be kept, by a traceback
         place.wake = latch.wake
-        for step in self._line.steps(place, begin(place)):
-            if isinstance(step, bool):
-                return step
-            seconds, may_sleep = step
-            if may_sleep and self._sleep_fn is not None:
-                await self._sleep_fn(seconds)
-            else:
-                await latch.wait(seconds)
-        raise AssertionError  # the steps end with a bool
+        line = self._line
+        aside = _aside(self._asides) if line.is_stored and self._is_real else None
+        steps = line.steps(place, begin(place))
+        try:
+            while True:
+                step = next(steps) if aside is None else await aside.run(partial(next, steps))
+                if isinstance(step, bool):
+                    return step
+                seconds, may_sleep = step
+                if may_sleep and self._sleep_fn is not None:
+                    await self._sleep_fn(seconds)
+                else:
+                    await latch.wait(seconds)
+        except BaseException:
+            if isinstance(line, StoredLine) and place.holder is None and place.ticket:
+                give_back = partial(line.give_back, place.ticket)
+                if aside is None:
+                    give_back()
+                else:
+                    aside.leave(give_back)
+            raise
+        finally:
+            if aside is not None:
+                aside.end()
 
 
 class AsyncReservation(ReservationBase):
@@ -353,14 +422,18 @@ class AsyncReservation(ReservationBase):
 
 
 def _line_of(
-    limits: tuple[object, ...], now_fn: Callable[[], float] | None, initial: float | None
+    limits: tuple[object, ...],
+    now_fn: Callable[[], float] | None,
+    initial: float | None,
+    store: LimitStore | None,
+    key: str | None,
 ) -> Line:
     """Return the line of a limiter that is to be shared, or a new one."""
     if not any(isinstance(limit, RateLimiter) for limit in limits):
-        return open_line(limits, now_fn, initial)
+        return open_line(limits, now_fn, initial, store, key)
     if len(limits) > 1:
         refuse("limits", limits, "one RateLimiter alone, or one or more RateLimit and Window")
-    for name, value in (("now_fn", now_fn), ("initial", initial)):
+    for name, value in (("now_fn", now_fn), ("initial", initial), ("store", store), ("key", key)):
         if value is not None:
             refuse(name, value, "None beside a RateLimiter, which has its own")
     limiter = limits[0]

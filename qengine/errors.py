@@ -69,6 +69,10 @@ class BreakerOpenError(QEngineError):
         return type(self), (self.args[0], self.retry_after)
 
 
+class StorageError(QEngineError):
+    """A file in which state is kept cannot be read or written: what it held before is untouched."""
+
+
 class Single:
     """What there is once: a copy of it would grant the same things again, or be told of nothing."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, ParamSpec, Self, TypeVar
 from weakref import ref
@@ -19,9 +19,11 @@ from .core.limits import check_units, part_of
 from .drivers.calls import refuse_async
 from .drivers.virtual import VirtualLatch, clock_of
 from .errors import Single, optional, require_amount, require_at_least, require_callable
-from .line import Latch, Line, Place, ThreadLatch, Turn, check_declared, open_line
+from .limit_store import LimitStore
+from .line import Latch, Line, Place, ThreadLatch, Turn, check_declared
 from .model import Amount
 from .policy import RateLimit, Window
+from .stored_line import StoredLine, open_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,9 +65,7 @@ class LimiterBase(Single):
     @property
     def available_tokens(self) -> float:
         """What every limit would grant now to one who need not wait in line; below 0 where there is a debt."""
-        now = self._now_fn()
-        self._line.pass_due(now)
-        return self._limits.available(now)
+        return self._line.available()
 
     def retry_after(self, amount: Amount = 1) -> float:
         """Return the seconds after which `amount` could be had, behind all who wait; 0.0 if it could be had now.
@@ -104,8 +104,19 @@ class LimiterBase(Single):
         """
         self._line.declare(check_declared(limits))
 
+    @property
+    def stored_line(self) -> StoredLine | None:
+        """Its line, if its state is in a store: for an engine, which takes from that in a worker."""
+        return self._line if isinstance(self._line, StoredLine) else None
+
     def as_limit_set(self) -> Any:
-        """Return the state as an engine takes from it, on this limiter's own clock."""
+        """Return the state as an engine takes from it, on this limiter's own clock.
+
+        Raises:
+            TypeError: It has a store.
+        """
+        if self._line.is_stored:
+            raise TypeError(f"the state of {type(self).__name__} is in a store: see `stored_line`")
         return _Shared(self._line)
 
     def _try_in_line(self, amount: Amount) -> bool:
@@ -150,6 +161,8 @@ class LimiterBase(Single):
         if timeout is None:
             return Place(amount, now)
         latest = now + timeout
+        if self._line.is_stored:  # it is asked step by step
+            return Place(amount, now, latest)
         due_at = self._line.due_at(amount, now)
         if latest + self._limits.early < due_at < INF:  # infinity: it hangs on an outcome, which may come in time
             return None
@@ -241,8 +254,27 @@ class RateLimiter(LimiterBase):
         sleep_fn: Sleeps so many seconds, and cannot be woken: who is the first in the line sleeps by it.  None to wait
             on real time, or on the VirtualClock that `now_fn` is of.
         initial: Tokens in each bucket at the start; None for full ones.
+        store: Where its state is, such as a `SqliteStore`: then the limits are those of all processes that give the
+            same key, together, and go on where they were when the next one starts.  None: it is this process's alone.
+        key: Its name in the store.
 
     Use it by hand, as a context manager, or as a decorator of plain functions: one permit each.
+
+    With a store some things are otherwise:
+
+    - Who waits has a slot, whose instant it was told, and does not ask again before.  So no process is more than one
+      slot ahead, all of them take turns, and one that is killed wastes that slot.  Order between processes is that in
+      which they asked; within one it is first come, first served.
+    - A reservation takes its slot at once, before those who wait in this process; if it is given back, so is its slot,
+      unless another has been taken after it: that of a rate is lost then.  The same goes for who gives up waiting.
+    - `available_tokens` is less what is promised; `retry_after` counts who waits in this process and the slots of the
+      others, and not who waits behind those.  `acquire` with a timeout returns False as soon as that is known.
+    - A refund comes in so far as the slots that are promised leave room for it.  `set_limits` is for this process:
+      each one goes by its own limits, on the same tokens.  `initial` is for a key that is new in the store.
+    - `now_fn` must be a clock that all processes have in common; without it the store's is.
+    - Who wakes so late that the rate would not hold takes another slot; so does a process that stood still.
+    - Every method may raise a StorageError, and takes tens of microseconds, longer where others are at it: a wait for
+      them cannot be interrupted, and lasts at most 10 s.  It cannot be used in a signal handler.
 
     Thread-safe, and safe to use in a signal handler.  O(number of limits); a window copies a chunk of 64 slots, and a
     tuple of its chunks; who asks with a timeout pays for those before it whose dates nobody has worked out yet.
@@ -264,10 +296,12 @@ class RateLimiter(LimiterBase):
         now_fn: Callable[[], float] | None = None,
         sleep_fn: Callable[[float], object] | None = None,
         initial: float | None = None,
+        store: LimitStore | None = None,
+        key: str | None = None,
     ) -> None:
         optional(require_callable, "sleep_fn", sleep_fn)
         refuse_async("sleep_fn", sleep_fn)
-        super().__init__(open_line(limits, now_fn, initial))
+        super().__init__(open_line(limits, now_fn, initial, store, key))
         clock = clock_of(now_fn if sleep_fn is None else sleep_fn)
         self._sleep_fn = None if clock is not None else sleep_fn
         self._make_latch: Callable[[], Latch] = ThreadLatch if clock is None else partial(VirtualLatch, clock)
@@ -288,7 +322,7 @@ class RateLimiter(LimiterBase):
         if timeout is not None:
             require_at_least("timeout", timeout, 0.0)
         line = self._line
-        if not (amount is ONE and line.is_busy) and self.try_acquire(amount):
+        if not (line.is_busy and (amount is ONE or line.is_stored)) and self.try_acquire(amount):
             return True
         place = self._place(amount, timeout)
         if place is None:
@@ -421,6 +455,13 @@ class _Shared:
 
     def undo(self, amount: Amount) -> None:
         self._limits.undo(amount)
+        self._line.wake_first()
+
+    def dump(self, now: float) -> list[list[Any]]:
+        return self._limits.dump(self.now_fn())
+
+    def load(self, dumped: Iterable[Sequence[Any]], now: float, elapsed: float, longest: float) -> None:
+        self._limits.load(dumped, self.now_fn(), elapsed, longest)
         self._line.wake_first()
 
     def twin(self, now: float, to: float, lock: Any) -> Any:

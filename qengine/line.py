@@ -14,15 +14,15 @@ Nothing is called between taking the lock and letting it go (see `core/limits.py
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from threading import TIMEOUT_MAX, Lock
 from typing import Protocol
 
 from .core.bucket import CATCH_UP
 from .core.limits import LimitSet, States
-from .errors import optional, refuse, refuse_type, require_at_least, require_callable, require_instant
+from .errors import refuse, refuse_type
 from .forks import restart_after_fork
+from .limit_store import Slot
 from .model import Amount
 from .policy import LiveLimit, RateLimit, Window
 
@@ -84,7 +84,7 @@ class Place:
 
     __slots__ = (
         "after", "alarm_at", "amount", "before", "behind", "due_at", "holder", "is_over", "is_refused", "joined_at",
-        "latest", "plan", "sleeps", "stands", "taken_at", "wake",
+        "latest", "plan", "sleeps", "slot", "stands", "taken_at", "ticket", "wake",
     )
 
     before: Place
@@ -112,6 +112,8 @@ class Place:
         self.plan: object = None  # of which plan the next two are
         self.due_at = math.inf
         self.after: States = ()
+        self.slot: Slot | None = None  # where the state is in a store
+        self.ticket = 0
 
     @property
     def is_kept(self) -> bool:
@@ -133,6 +135,9 @@ class Line:
 
     Thread-safe.  A place may be left at any instant, also by a coroutine that is collected as garbage.
     """
+
+    is_stored = False
+    """Whether the state is in a store, which takes its time: see `stored_line.py`."""
 
     def __init__(self, limits: LimitSet, now_fn: Callable[[], float]) -> None:
         self.limits = limits
@@ -219,6 +224,12 @@ class Line:
         if root.behind is not root:
             self.pass_due(now)
         return root.behind is root and self._paused_until <= now
+
+    def available(self) -> float:
+        """Return what every limit would grant now to one who need not wait in line."""
+        now = self.now_fn()
+        self.pass_due(now)
+        return self.limits.available(now)
 
     def due_at(self, amount: Amount, now: float) -> float:
         """Return when somebody who came now would have it, behind all the others."""
@@ -612,15 +623,6 @@ def _wake(place: Place) -> None:
     wake = place.wake
     if wake is not None:  # it may have stopped waiting meanwhile
         wake()
-
-
-def open_line(limits: Sequence[object], now_fn: Callable[[], float] | None, initial: float | None) -> Line:
-    """Return the line of a new limiter, its arguments checked."""
-    declared = check_declared(limits)
-    optional(require_callable, "now_fn", now_fn)
-    optional(require_at_least, "initial", initial, 0.0)
-    clock = time.monotonic if now_fn is None else now_fn
-    return Line(LimitSet(declared, require_instant(clock()), Lock(), initial), clock)
 
 
 def check_declared(limits: Sequence[object]) -> list[RateLimit | Window]:

@@ -23,7 +23,7 @@ from qengine.errors import (
 
 def test_every_error_has_one_root() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     assert all(issubclass(kind, QEngineError) for kind in kinds)
 
 

@@ -101,6 +101,14 @@ def test_leaving_a_reservation_commits_it_also_after_an_exception() -> None:
     assert (quota.used, quota.reserved) == (6, 0)
 
 
+def test_to_begin_one_changes_nothing_without_a_store() -> None:
+    quota = Quota(10, now_fn=Clock())
+    reserved = quota.reserve(2)
+    assert reserved.begin() and reserved.begin()
+    assert (quota.used, quota.reserved) == (0, 2)
+    assert reserved.commit() and not reserved.begin()
+
+
 def test_one_that_is_forgotten_counts_until_the_end_of_its_period() -> None:
     clock = Clock()
     quota = Quota(1, now_fn=clock)

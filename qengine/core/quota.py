@@ -9,7 +9,7 @@ a signal handler does in between is neither lost nor counted twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 ROUNDING = 1e-12
@@ -167,6 +167,22 @@ class Ledger:
         else:
             period.used -= hold.used
         hold.used = 0
+
+    def dump(self) -> dict[str, float | None]:
+        """Return what is used or reserved of the current period, and when that ends; None where it never does."""
+        period = self.period
+        reserved = period.reserved  # first: what is settled in this moment counts twice rather than not at all
+        ends_at = period.ends_at if math.isfinite(period.ends_at) else None
+        return {"ends_at": ends_at, "used": period.used + reserved}
+
+    def load(self, dumped: Mapping[str, float | None]) -> None:
+        """Have at least so much of the same period used as was dumped; a later period is begun."""
+        ends_at, used = dumped["ends_at"], dumped["used"]
+        assert used is not None
+        if ends_at is not None and ends_at > self.period.ends_at:
+            self.period = Period(ends_at)
+        if ends_at is None or ends_at == self.period.ends_at:
+            self.period.used = max(self.period.used, used)
 
     def due(self, period: Period) -> Sequence[float]:
         """Return the shares that have become due since this was last asked about that period."""
