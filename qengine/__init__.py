@@ -16,6 +16,7 @@ from .errors import (
     BudgetExceededError,
     QEngineError,
     RateLimitError,
+    StorageError,
     TaskError,
     TaskTimeoutError,
     TransientError,
@@ -51,7 +52,9 @@ if _TYPE_CHECKING:
     from .aio import AsyncTaskScheduler as AsyncTaskScheduler
     from .aio_keyed import AsyncKeyedRateLimiter as AsyncKeyedRateLimiter
     from .aio_limiter import AsyncRateLimiter as AsyncRateLimiter
-else:  # loaded when they are first asked for: asyncio is not for everybody
+    from .journal import Journal as Journal
+    from .store import SqliteStore as SqliteStore
+else:  # loaded when they are first asked for: asyncio and sqlite3 are not for everybody
     _LAZY = {
         "AsyncConcurrentExecutor": "aio",
         "AsyncKeyedRateLimiter": "aio_keyed",
@@ -59,6 +62,8 @@ else:  # loaded when they are first asked for: asyncio is not for everybody
         "AsyncRateLimiter": "aio_limiter",
         "AsyncStream": "aio",
         "AsyncTaskScheduler": "aio",
+        "Journal": "journal",
+        "SqliteStore": "store",
     }
 
     def __getattr__(name: str) -> object:
@@ -108,6 +113,7 @@ __all__ = [
     "SourceCounters",
     "SourceReport",
     "StopConditions",
+    "StorageError",
     "Stream",
     "Task",
     "TaskError",

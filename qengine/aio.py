@@ -12,7 +12,7 @@ import asyncio
 from _thread import _count  # of the threads that were started and run
 from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from .core.lane import Attempt, Lane
@@ -20,6 +20,7 @@ from .core.run import Record
 from .drivers.asyncio import Inbox, TaskCrew
 from .drivers.calls import is_async, run_in
 from .drivers.clock import SYSTEM_CLOCK
+from .drivers.handover import in_thread
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_kind
 from .executor import Call, Calls, Exit, FunctionFace, LaneBook, refuse_limits, unnamed
@@ -31,6 +32,7 @@ from .query import HierarchyFace, items_of
 from .routing import RouteBy, Sources
 from .session import (
     INTERRUPT_SECONDS,
+    Recording,
     Reporting,
     Results,
     Session,
@@ -40,6 +42,9 @@ from .session import (
     check_token,
 )
 from .source import Source
+
+if TYPE_CHECKING:  # loaded with the first journal: a program without one is not to pay for it
+    from .journal import Journal
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -52,7 +57,7 @@ _KINDS = (Iterable, AsyncIterable)
 def asyncio_stage(clock: VirtualClock | None) -> Stage:
     """Return the stage of an executor under asyncio; None for real time."""
     optional(require_kind, "clock", clock, VirtualClock)
-    return Stage(SYSTEM_CLOCK if clock is None else clock, TaskCrew)
+    return Stage(SYSTEM_CLOCK if clock is None else clock, TaskCrew, in_thread)
 
 
 def require_async(name: str, fn: object, *, generators: bool = True) -> None:
@@ -238,8 +243,9 @@ class _AsyncFunctionFace(_AsyncFace, FunctionFace[P, V], Generic[P, V]):
         on_event: Callable[[Event], object] | None,
         hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
+        journal: Recording | None = None,
     ) -> None:
-        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
+        super().__init__(fn, asyncio_stage(clock), policy, lane_by, key, on_event, hold_while, route_by, journal)
         if self._router is None:
             require_async("fn", fn, generators=False)
         for source in () if self._router is None else self._router.sources.values():
@@ -400,6 +406,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         key: Names a payload: a second one of the same name in a run is skipped.
         on_event: Called with each Event, one at a time; it must be quick.
         hold_while: Says whether nothing is to be started for now, plain or async; see TaskScheduler.
+        journal: Records each run, one at a time, off the loop; see Journal.
 
     Several runs may go on at once; they share the limits.  Not tied to a loop.
 
@@ -425,6 +432,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         key: Callable[[P], Any] | None = ...,
         on_event: Callable[[Event], object] | None = ...,
         hold_while: HoldWhile | None = ...,
+        journal: Journal | None = ...,
     ) -> None: ...
 
     @overload
@@ -438,6 +446,7 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         key: Callable[[Any], Any] | None = ...,
         on_event: Callable[[Event], object] | None = ...,
         hold_while: HoldWhile | None = ...,
+        journal: Journal | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -451,8 +460,9 @@ class AsyncTaskScheduler(_AsyncFunctionFace[P, V]):
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
         hold_while: HoldWhile | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by, journal)
 
     @classmethod
     def from_manifest(
@@ -475,6 +485,7 @@ class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
         clock: A VirtualClock to run in virtual time; None for real time.
         on_event: Called with each Event, one at a time; it must be quick.
         hold_while: Says whether nothing is to be started for now, plain or async; see TaskScheduler.
+        journal: Records each run, one at a time, off the loop; see Journal.
 
     Several runs may go on at once; they share the sources' limits.  Not tied to a loop.
 
@@ -500,8 +511,10 @@ class AsyncQueryExecutor(_AsyncFace, HierarchyFace):
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
         hold_while: HoldWhile | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(sources, plan, asyncio_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
+        stage = asyncio_stage(clock)
+        super().__init__(sources, plan, stage, concurrency, stop, lookahead, on_event, hold_while, journal)
         for source in self.sources:
             require_async(f"fetch of {source.name!r}", source.fetch)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from threading import Lock
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from .core.gate import Gate
 from .core.lane import LANES_KEPT, Attempt, Feed, FeedKind, Lane, handful_of
@@ -23,6 +23,7 @@ from .drivers.calls import current_token, is_plain_data, refuse_async, run_in, r
 from .drivers.clock import Clock
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse, require_callable, require_kind
+from .facts import Facts, name_of
 from .forks import restart_after_fork
 from .manifest import RunManifest
 from .model import OTHERS, CancellationToken, Event, RunReport, Task, TaskStatus
@@ -32,17 +33,24 @@ from .routing import RouteBy, Router, Sources, make_router
 from .session import (
     Face,
     OwnedGate,
+    Recorder,
+    Recording,
     Reporting,
     Session,
     Stage,
     Stream,
+    check_journal,
     check_live_limits,
     check_run,
+    recalling,
     refuse_async_predicate,
     result_of,
     threads_stage,
     timeout_verdict,
 )
+
+if TYPE_CHECKING:  # loaded with the first journal: a program without one is not to pay for it
+    from .journal import Journal
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -97,6 +105,7 @@ class LaneBook:
         owner: The executor.
         stage: Where the run takes place.
         wrap: Makes of the function of a task what a worker calls; None for nothing else.
+        recorder: Records the run; None where nobody does.
     """
 
     def __init__(
@@ -104,8 +113,10 @@ class LaneBook:
         owner: FunctionFace[Any, Any],
         stage: Stage,
         wrap: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._owner = owner
+        self._recorder = recorder
         self._stage = stage
         self._wrap = wrap or (lambda fn: fn)
         self._pooled = owner.pooled(stage)
@@ -127,6 +138,8 @@ class LaneBook:
             lane = self.lanes.setdefault(key, made)
             if lane is made:
                 self._tell_apart(key, lane)
+                if self._recorder is not None:
+                    self._recorder.adopt(lane, awaits=self._owner.awaits)
             else:  # another caller was quicker
                 self._owner.gates.give_back(made)
         return lane
@@ -161,6 +174,8 @@ class LaneBook:
         """Give back what the lanes have of their owner, when their run is over."""
         for lane in [*self.lanes.values()]:
             self._owner.gates.give_back(lane)
+        if self._recorder is not None:
+            self._recorder.release()
 
     def _tell_apart(self, key: Any, lane: Lane) -> None:
         """Have a lane called in reports by its key, told from others that read the same."""
@@ -178,7 +193,7 @@ class FunctionFace(Reporting, Generic[P, V]):
     Args:
         fn: Called with each payload, a coroutine function under asyncio; or the sources.
         stage: Where its runs take place.
-        policy, lane_by, key, on_event, hold_while, route_by: See TaskScheduler.
+        policy, lane_by, key, on_event, hold_while, route_by, journal: See TaskScheduler.
     """
 
     def __init__(
@@ -191,8 +206,11 @@ class FunctionFace(Reporting, Generic[P, V]):
         on_event: Callable[[Event], object] | None,
         hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
+        journal: Recording | None = None,
     ) -> None:
         require_kind("policy", policy, ExecutionPolicy)
+        optional(check_journal, "journal", journal)
+        self.journal = journal
         for name, value in (("lane_by", lane_by), ("key", key), ("on_event", on_event)):
             optional(require_callable, name, value)
             refuse_async(name, value, "a plain function: it is called where nothing is awaited")
@@ -221,14 +239,27 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
-        book = LaneBook(self, stage)
+        recorder = self.recorder_on(stage)
+        try:
+            return self._make_session(stage, inputs, cancel, recorder, **fields)
+        except BaseException:
+            if recorder is not None:
+                recorder.release()
+            raise
+
+    def _make_session(
+        self, stage: Stage, inputs: Any, cancel: CancellationToken | None, recorder: Recorder | None, **fields: Any
+    ) -> Session:
+        book = LaneBook(self, stage, recorder=recorder)
+        recalls = recorder is not None and recorder.recalls
+        prepare = self._preparer(book) if self._router is None else self._sender(book, self._router)
         routed = self._router is not None
         lane = None if routed or self._lane_by is not None else book.lane(_ONE_LANE)
         lanes = [*book.of(self._router.names).values()] if self._router is not None else [] if lane is None else [lane]
         feed = Feed(
             FeedKind.INPUTS,
             lambda: inputs,
-            self._preparer(book) if self._router is None else self._sender(book, self._router),
+            recalling(prepare, recorder),
             label="inputs",
             lane=lane,
             handful=handful_of(self.policy.lookahead),
@@ -238,15 +269,27 @@ class FunctionFace(Reporting, Generic[P, V]):
             lanes,
             stop=self.policy.stop,
             feed=feed,
-            data=iter(inputs) if lane is not None and self._key is None and is_plain_data(inputs) else None,
+            data=iter(inputs) if lane and self._key is None and not recalls and is_plain_data(inputs) else None,
             probe=self.probe_on(stage),
             quotas=self.quotas,
             on_event=self._on_event,
+            recorder=recorder,
             cancel=cancel,
             tally=self.tally_on(stage),
             on_leave=book.release,
             **fields,
         )
+
+    def facts(self) -> Facts:
+        """Return what is run, in words, and what of it lives on beyond its runs."""
+        facts = Facts()
+        facts.add("policy", self.policy)
+        if self._router is None:
+            facts.say("", "function", name_of(self._fn))
+        else:
+            for source in self._router.sources.values():
+                facts.add(source.name, source)
+        return facts
 
     def lane_key(self, payload: P) -> Any:
         """Return the key of the lane of a payload; of sources the first."""
@@ -346,10 +389,11 @@ class FunctionFace(Reporting, Generic[P, V]):
 
     def _lane_behind(self, stage: Stage, gate: Gate, name: str, call: Callable[[Any], Any]) -> Lane:
         policy = self.policy
-        return Lane(
+        return stage.lane(
             name,
             gate,
             call,
+            policy.limits,
             concurrency=policy.concurrency,
             lookahead=policy.lookahead,
             retry=policy.retry,
@@ -376,8 +420,9 @@ class _ThreadsFunctionFace(Face, FunctionFace[P, V]):
         on_event: Callable[[Event], object] | None,
         hold_while: HoldWhile | None,
         route_by: RouteBy = "order",
+        journal: Recording | None = None,
     ) -> None:
-        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, hold_while, route_by)
+        super().__init__(fn, threads_stage(clock), policy, lane_by, key, on_event, hold_while, route_by, journal)
         allowed = f"a plain function: an async one needs Async{type(self).__name__}"
         refuse_async("fn", fn, allowed)
         for source in () if self._router is None else self._router.sources.values():
@@ -685,8 +730,10 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
             while it says True nothing is started, nor until its first answer.  A later one is waited for, for a second;
             with one that takes longer what it said before holds on.  One that raises holds nothing, and is logged.
             Ready ones for memory and load are in `qengine.machine`.
+        journal: Records each run, so that one that was cut short is gone on with; see Journal.  `call` goes by the same
+            limits, and is not recorded.
 
-    Thread-safe: several runs may go on at once; they share the limits.
+    Thread-safe: several runs may go on at once, with a journal one; they share the limits.
 
     >>> from qengine import RateLimit, Source
     >>> policy = ExecutionPolicy(limits=[RateLimit(per_second=1000, burst=5)], budget=2)
@@ -717,6 +764,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         key: Callable[[P], Any] | None = ...,
         on_event: Callable[[Event], object] | None = ...,
         hold_while: HoldWhile | None = ...,
+        journal: Journal | None = ...,
     ) -> None: ...
 
     @overload
@@ -730,6 +778,7 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         key: Callable[[Any], Any] | None = ...,
         on_event: Callable[[Event], object] | None = ...,
         hold_while: HoldWhile | None = ...,
+        journal: Journal | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -743,8 +792,9 @@ class TaskScheduler(_ThreadsFunctionFace[P, V]):
         key: Callable[[P], Any] | None = None,
         on_event: Callable[[Event], object] | None = None,
         hold_while: HoldWhile | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by)
+        super().__init__(fn_or_sources, clock, policy, lane_by, key, on_event, hold_while, route_by, journal)
 
     @classmethod
     def from_manifest(cls, fn: Callable[[P], V], manifest: RunManifest, **options: Any) -> Self:

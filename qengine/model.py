@@ -316,7 +316,8 @@ class SourceReport(_Used, _Timed):
     """What one source, or one lane, did in a run.
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
-    `RateLimitError`, `rerouted` the tasks that went on to another source; `usage` is by unit what the calls used in
+    `RateLimitError`, `rerouted` the tasks that went on to another source, `recalled` those whose result a journal had;
+    `usage` is by unit what the calls used in
     all, `cost` and `tokens` are its units of that name.  `busy_seconds` is the time that they took, and `p50`, `p95`,
     `p99` and `latency(q)` say how long each did, failed ones and those that were given up included, to within 1 %; None
     where there was none.  `first_at` and `last_at` are the instants of the first and last answer, in seconds since the
@@ -334,6 +335,7 @@ class SourceReport(_Used, _Timed):
     retries: int = 0
     throttled: int = 0
     rerouted: int = 0
+    recalled: int = 0
     busy_seconds: float = 0.0
     usage: dict[str, float] = field(default_factory=dict)
     remaining: dict[str, float] = field(default_factory=dict)
@@ -390,7 +392,8 @@ class SourceReport(_Used, _Timed):
 
 
 _SUMS = (
-    "calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "rerouted", "busy_seconds"
+    "calls", "success_count", "failure_count", "cancelled_count", "retries", "throttled", "rerouted", "recalled",
+    "busy_seconds",
 )
 
 OTHERS = "(others)"
@@ -538,9 +541,9 @@ class Event:
     Every attempt has a "start" and one end: "answer", "timeout" or "abandoned" (given up for another reason).  One that
     was given up before a worker had begun with it is "revoked" after that: it does not count.  Each "result" is a
     task's.  The others:
-    "retry", "throttled", "rerouted" (to another source), "late" (the answer of a call that was given up),
-    "breaker_opened", "concurrency" (an adaptive one has changed), "held" and "released" (all admission, by a probe),
-    "stop".
+    "recalled" (from a journal, in place of an attempt), "retry", "throttled", "rerouted" (to another source), "late"
+    (the answer of a call that was given up), "breaker_opened", "concurrency" (an adaptive one has changed), "held" and
+    "released" (all admission, by a probe), "stop".
 
     `number` is the attempt's; `detail` the status, the reason, the error's class, or the number that is new.  `usage`
     is what the attempt used, at its end; None at all other events.  It is taken back when it is revoked.  So the sum

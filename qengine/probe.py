@@ -66,7 +66,7 @@ class Probe:
 
     def feed(self) -> Feed:
         """Return what asks it in one run, as often as it is pulled."""
-        answers = _Answers(self.ask_later) if self._awaits else iter(self.ask, None)
+        answers = Answers(self.ask_later) if self._awaits else iter(self.ask, None)
         return Feed(FeedKind.PROBE, lambda: answers, lambda held: (held,), label="hold_while", handful=1)
 
     def ask(self) -> bool:
@@ -132,13 +132,13 @@ def _word(answer: object) -> bool:
     return bool(answer)
 
 
-class _Answers:
+class Answers:
     """What a probe says, awaited.  Not a generator: one that has raised says nothing any more."""
 
     def __init__(self, ask: Callable[[], Awaitable[bool]]) -> None:
         self._ask = ask
 
-    def __aiter__(self) -> _Answers:
+    def __aiter__(self) -> Answers:
         return self
 
     async def __anext__(self) -> bool:

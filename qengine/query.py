@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from .core.lane import Attempt, Feed, FeedKind, Lane, Rank
 from .core.place import ROOTS, level_of, place_below
@@ -22,22 +22,30 @@ from .counters import Tally
 from .drivers.calls import check_value, is_plain_data, refuse_async
 from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_count, require_kind
+from .facts import Facts, name_of
 from .model import CancellationToken, CollectionReport, Event, Query, QueryResult, bare_query
 from .policy import StopConditions, calls_of, refuse_beyond_budget
 from .probe import HoldWhile
 from .routing import check_sources
 from .session import (
     Face,
+    Recorder,
+    Recording,
     Reporting,
     Session,
     Stage,
     Stream,
+    check_journal,
     check_live_limits,
     check_run,
+    recalling,
     result_of,
     threads_stage,
 )
 from .source import Source
+
+if TYPE_CHECKING:  # loaded with the first journal: a program without one is not to pay for it
+    from .journal import Journal
 
 N = TypeVar("N", bound=Hashable)
 
@@ -84,7 +92,7 @@ class HierarchyFace(Reporting):
 
     Args:
         stage: Where its runs take place.
-        sources, plan, concurrency, stop, lookahead, on_event, hold_while: See QueryExecutor.
+        sources, plan, concurrency, stop, lookahead, on_event, hold_while, journal: See QueryExecutor.
     """
 
     def __init__(
@@ -97,8 +105,11 @@ class HierarchyFace(Reporting):
         lookahead: int,
         on_event: Callable[[Event], object] | None,
         hold_while: HoldWhile | None,
+        journal: Recording | None,
     ) -> None:
         check_sources(sources)
+        optional(check_journal, "journal", journal)
+        self.journal = journal
         for method in ("queries", "children"):
             if not callable(getattr(plan, method, None)):
                 refuse_type("plan", plan, f"an object with the methods queries and children; {method} is missing")
@@ -138,11 +149,33 @@ class HierarchyFace(Reporting):
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
+        recorder = self.recorder_on(stage)
+        try:
+            return self._make_session(stage, inputs, cancel, recorder, **fields)
+        except BaseException:
+            if recorder is not None:
+                recorder.release()
+            raise
+
+    def facts(self) -> Facts:
+        """Return what is run, in words, and what of it lives on beyond its runs."""
+        facts = Facts()
+        facts.say("", "plan", name_of(self.plan))
+        for source in self.sources:
+            facts.add(source.name, source)
+        return facts
+
+    def _make_session(
+        self, stage: Stage, inputs: Any, cancel: CancellationToken | None, recorder: Recorder | None, **fields: Any
+    ) -> Session:
         lanes = [
             source.make_lane(stage, self.stage.clock, self.fetcher(source), self.lookahead)
             for source in self.sources
         ]
-        feeds = _Feeds(self, lanes)
+        if recorder is not None:
+            for lane in lanes:
+                recorder.adopt(lane, awaits=self.awaits)
+        feeds = _Feeds(self, lanes, recorder)
         roots = Feed(FeedKind.NODES, lambda: inputs, feeds.root_of(lanes[0]), label="roots")
         has_following = callable(getattr(self.plan, "following", None))
         tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
@@ -155,8 +188,10 @@ class HierarchyFace(Reporting):
             probe=self.probe_on(stage),
             quotas=[quota for source in self.sources for quota in source.quotas],
             on_event=self._on_event,
+            recorder=recorder,
             cancel=cancel,
             tally=self.tally_on(stage),
+            on_leave=(lambda: None) if recorder is None else recorder.release,
             make_report=CollectionReport,
             **fields,
         )
@@ -174,8 +209,10 @@ class QueryExecutor(Face, HierarchyFace):
         clock: A VirtualClock to run in virtual time; None for real time.
         on_event: Called with each Event, one at a time; it must be quick.
         hold_while: Says whether nothing is to be started for now; see TaskScheduler.
+        journal: Records each run, so that one that was cut short is gone on with; see Journal.  The tree is built anew
+            from the answers that are there: the plan is asked again.
 
-    Thread-safe: several runs may go on at once; they share the sources' limits.
+    Thread-safe: several runs may go on at once, with a journal one; they share the sources' limits.
 
     >>> class Two:
     ...     def queries(self, node, source):
@@ -198,8 +235,10 @@ class QueryExecutor(Face, HierarchyFace):
         clock: VirtualClock | None = None,
         on_event: Callable[[Event], object] | None = None,
         hold_while: HoldWhile | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        super().__init__(sources, plan, threads_stage(clock), concurrency, stop, lookahead, on_event, hold_while)
+        stage = threads_stage(clock)
+        super().__init__(sources, plan, stage, concurrency, stop, lookahead, on_event, hold_while, journal)
         for method in ("queries", "children", "following"):
             refuse_async(f"plan.{method}", getattr(plan, method, None), _PLAIN)
         for source in self.sources:
@@ -264,8 +303,9 @@ class _InOrder:
 class _Feeds:
     """Makes the feeds of a tree: closures over the user's plan, which only a worker calls."""
 
-    def __init__(self, face: HierarchyFace, lanes: Sequence[Lane]) -> None:
+    def __init__(self, face: HierarchyFace, lanes: Sequence[Lane], recorder: Recorder | None = None) -> None:
         self._plan = face.plan
+        self._prepare = recalling(self._query_of, recorder)
         self._opened = face.opened
         self._sources = {id(lane): source for lane, source in zip(lanes, face.sources, strict=True)}
         self._keys: dict[Hashable, NodeKey] = {}
@@ -278,7 +318,7 @@ class _Feeds:
         return Feed(
             FeedKind.QUERIES,
             self._open_queries,
-            self._query_of,
+            self._prepare,
             label="plan.queries",
             lane=lane,
             node=key,
@@ -302,7 +342,7 @@ class _Feeds:
         return Feed(
             FeedKind.QUERIES,
             partial(self._open_following, attempt),
-            self._query_of,
+            self._prepare,
             label="plan.following",
             lane=attempt.lane,
             node=attempt.node,

@@ -24,14 +24,14 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import cached_property, partial
 from threading import Lock, RLock
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from .core.gate import Gate
-from .core.lane import Attempt, Feed, Lane
+from .core.lane import FREE, Attempt, Feed, Lane
 from .core.latency import Latencies
 from .core.limits import LimitSet
 from .core.place import level_of
-from .core.purse import Budget
+from .core.purse import Budget, Tariff
 from .core.quota import Allowance
 from .core.run import Record, Run
 from .core.shelf import Shelf
@@ -40,11 +40,15 @@ from .core.tree import Found, Tree
 from .counters import Counters, Tally
 from .drivers.calls import current_token, enter_run, refuse_async, task_of, tell
 from .drivers.clock import SYSTEM_CLOCK, Clock
+from .drivers.commits import PAUSE, Commits, Writer
 from .drivers.threads import ThreadCrew
 from .drivers.virtual import VirtualClock
 from .errors import TaskTimeoutError, optional, refuse, refuse_type, require_kind
 from .events import Teller
+from .facts import Facts
+from .fetching import FetchedAccount, Fetcher
 from .forks import restart_after_fork
+from .limiter import LimiterBase
 from .model import (
     DEADLINE,
     OTHERS,
@@ -72,12 +76,55 @@ from .policy import (
     Window,
 )
 from .probe import HoldWhile, Probe
-from .quota import Account
+from .quota import Account, StoredAccount
+from .stored_line import StoredLine
 
 P = TypeVar("P")
 V = TypeVar("V")
 
 _log = logging.getLogger(__name__)
+
+
+class Recorder(Writer, Protocol):
+    """One run's use of a journal."""
+
+    crew: Any
+
+    @property
+    def recalls(self) -> bool:
+        """Whether there is something to be recalled."""
+
+    def adopt(self, lane: Lane, *, awaits: bool) -> None:
+        """Have a lane go on where it was, and its calls be known."""
+
+    def recalled(self, arrived: Any) -> Any:
+        """Return what arrives for an input, with what is known of it; an awaitable where it was one."""
+
+    def with_earlier(self, report: SourceReport) -> SourceReport:
+        """Return a source's report with what it did in earlier runs."""
+
+    def release(self) -> None:
+        """Let go of the journal, at the end of the run."""
+
+
+class Recording(Protocol):
+    """A journal, as runs are recorded in it."""
+
+    def record(self, clock: Clock, facts: Facts) -> Recorder:
+        """Begin to record a run."""
+
+
+def recalling(prepare: Callable[..., Any], recorder: Recorder | None) -> Callable[..., Any]:
+    """Return what prepares an item as `prepare` does, and has it know what a journal knows of it."""
+    if recorder is None or not recorder.recalls:
+        return prepare
+    return lambda *args: recorder.recalled(prepare(*args))
+
+
+def check_journal(name: str, journal: object) -> None:
+    """Refuse what is no journal."""
+    if not callable(getattr(journal, "record", None)):
+        refuse_type(name, journal, "a Journal")
 
 INTERRUPT_SECONDS = 0.09
 """How long an interrupted caller waits for the partial report."""
@@ -89,11 +136,13 @@ class Stage:
     Args:
         clock: Its clock.
         make_crew: Makes the crew of a Run.
+        lend: Makes an async function of a plain one, where nothing may block; None for threads.
     """
 
-    def __init__(self, clock: Clock, make_crew: Callable[..., Any]) -> None:
+    def __init__(self, clock: Clock, make_crew: Callable[..., Any], lend: Callable[..., Any] | None = None) -> None:
         self.clock = clock
         self.make_crew = make_crew
+        self._lend = lend
 
     def gate(self, gates: MutableMapping[Any, Gate], key: Any, make: Callable[[Clock], Gate]) -> Gate:
         """Return the gate of a key for a run, made when it first comes up."""
@@ -113,6 +162,34 @@ class Stage:
         """Return what the lanes of a run take from together."""
         units = budget if isinstance(budget, Mapping) else {} if budget is None else {"calls": budget}
         return [*(Budget(unit, limit) for unit, limit in units.items()), *map(self.account, quotas)]
+
+
+    def lane(
+        self,
+        name: str,
+        gate: Gate,
+        call: Callable[[Any], Any],
+        limits: Iterable[Limit],
+        allowances: Sequence[Allowance],
+        pooled: Sequence[Allowance] = (),
+        tariff: Tariff = FREE,
+        **fields: Any,
+    ) -> Lane:
+        """Return a lane; what it takes from limits and quotas in a store is fetched."""
+        lines = self.stored_lines(limits)
+        fetched = [FetchedAccount(one) for one in (*allowances, *pooled) if isinstance(one, StoredAccount)]
+        supply = None
+        if lines or fetched:
+            supply = Fetcher(lines, fetched, tariff, self.clock, self._lend).supply
+        own = [one for one in allowances if not isinstance(one, StoredAccount)]
+        shared = [one for one in pooled if not isinstance(one, StoredAccount)]
+        return Lane(
+            name, gate, call, allowances=[*own, *fetched], pooled=shared, tariff=tariff, supply=supply, **fields
+        )
+
+    def stored_lines(self, limits: Iterable[Limit]) -> list[StoredLine]:
+        """Return those of the limits whose state is in a store."""
+        return [line for limit in limits if (line := _stored_line(limit)) is not None]
 
 
 def threads_stage(clock: VirtualClock | None) -> Stage:
@@ -144,8 +221,17 @@ def refuse_async_predicate(name: str, retry: RetryPolicy) -> None:
 def check_live_limits(limits: Iterable[Limit], clock: Clock) -> None:
     """Refuse live limiters by another time than that of a virtual clock: the one would wait for the other for ever."""
     for limit in limits if isinstance(clock, VirtualClock) else ():
-        if isinstance(limit, LiveLimit) and limit.as_limit_set().now_fn != clock.now:
+        if isinstance(limit, LiveLimit) and _clock_of(limit) != clock.now:
             refuse("limits", limit, "a RateLimiter made with now_fn=clock.now, where there is a VirtualClock")
+
+
+def _stored_line(limit: object) -> StoredLine | None:
+    return limit.stored_line if isinstance(limit, LimiterBase) else None
+
+
+def _clock_of(limit: LiveLimit) -> Any:
+    line = _stored_line(limit)
+    return limit.as_limit_set().now_fn if line is None else line.now_fn
 
 
 def check_token(cancel: CancellationToken | None, clock: Clock) -> None:
@@ -174,7 +260,11 @@ class OwnedGate(Gate):
         declared = [limit for limit in limits if isinstance(limit, (RateLimit, Window))]
         self._clock = clock
         self._own = [LimitSet(declared, clock.now(), Lock(), others=others)] if declared else []
-        live = [limit.as_limit_set() for limit in limits if not isinstance(limit, (RateLimit, Window))]
+        live = [
+            limit.as_limit_set()
+            for limit in limits
+            if not isinstance(limit, (RateLimit, Window)) and _stored_line(limit) is None
+        ]
         super().__init__([*self._own, *live], breaker, Lock(), live, adaptive)
         restart_after_fork(self)
 
@@ -313,6 +403,7 @@ class Session:
         probe: Probe | None = None,
         quotas: Iterable[LiveQuota] = (),
         on_event: Callable[[Event], object] | None = None,
+        recorder: Recorder | None = None,
         cancel: CancellationToken | None = None,
         nested: bool = True,
         tally: Tally | None = None,
@@ -327,6 +418,13 @@ class Session:
         self.tree = tree
         self.clock = clock
         self._teller = Teller(on_event, self._interrupted, logs=tally is not None)
+        self._recorder = recorder
+        self._deliver = deliver
+        commits = None
+        if recorder is not None:
+            pause = 0.0 if isinstance(clock, VirtualClock) else PAUSE
+            commits = Commits(recorder, self._hand_out, self._not_committed, pause)
+        log = None if commits is None else commits.pending
         self.interruption: KeyboardInterrupt | None = None
         accounts = dict.fromkeys(map(stage.account, quotas))
         self._accounts = [account for account in accounts if isinstance(account, Account) and account.has_alerts]
@@ -335,7 +433,7 @@ class Session:
         self._tally = tally
         self.token = CancellationToken(now_fn=clock.now)
         self._parents = [parent for parent in (cancel, current_token() if nested else None) if parent is not None]
-        self._leaving: list[Callable[[], None]] = [on_leave]
+        self._leaving: list[Callable[[], None]] = [on_leave, self._close_supplies]
         context = copy_context()  # the crew's: what it runs is cancelled with this run
         context.run(enter_run, self.token, clock)
         self.run = Run(
@@ -348,20 +446,40 @@ class Session:
             width=width,
             rng=clock.rng(),
             records=records,
-            completed=None if deliver is None else deque(),
+            completed=None if deliver is None else deque() if log is None else log,
             probe=None if probe is None else probe.feed(),
-            emit=self._teller.emit,
+            log=log,
+            emit=self._teller.emit if log is None or self._teller.emit is None else log.append,
             note=self._teller.note,
         )
+        make_crew = stage.make_crew if commits is None else partial(stage.make_crew, commits=commits)
         self.crew = context.run(
-            stage.make_crew,
+            make_crew,
             self.run,
             clock,
-            deliver=deliver,
+            deliver=deliver if commits is None else None,
             after_pump=self._tell if self._teller.has_listeners or self._accounts else None,
         )
+        if recorder is not None:
+            recorder.crew = self.crew
         clock.enter(self)
         restart_after_fork(self)
+
+    def _hand_out(self, item: Any) -> None:
+        """Hand on what is committed."""
+        if type(item) is Event:
+            assert self._teller.emit is not None
+            self._teller.emit(item)
+        elif self._deliver is not None and (item is None or isinstance(item, Attempt)):
+            self._deliver(item)
+
+    def _not_committed(self, error: BaseException) -> None:
+        self.crew.post(self.run.fail, error)
+
+    def _close_supplies(self) -> None:
+        for lane in self.run.lanes:
+            if lane.supply is not None:
+                lane.supply.close()
 
     def start_afresh(self) -> None:
         """Leave the run to the parent."""
@@ -467,9 +585,12 @@ class Session:
         run = self.run
         cut_short = None if self.crew.over else self._aborted  # it had no time to end, or had not even begun
         extra = {} if self.tree is None else {"active_nodes": [key.node for key in self.tree.active]}
+        reports: Iterable[SourceReport] = run.reports()
+        if self._recorder is not None:
+            reports = map(self._recorder.with_earlier, reports)
         return self._make_report(
             results=results,
-            by_source=with_times(run.reports(), run.records or ()),
+            by_source=with_times(reports, run.records or ()),
             stop_reason=run.stop_reason or ("input_error" if run.input_error is not None else cut_short),
             intake_cut=run.intake_cut or cut_short is not None,
             abandoned=run.abandoned,
@@ -710,6 +831,8 @@ class Reporting:
     """Whether what user code returns is awaited."""
     probe: Probe | None = None
     """Says whether admission is to be held."""
+    journal: Recording | None = None
+    """Where its runs are recorded."""
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
@@ -729,6 +852,16 @@ class Reporting:
     def probe_on(self, stage: Stage) -> Probe | None:
         """Return what is asked in a run on a stage whether admission is to be held: a prediction asks no machine."""
         return self.probe if stage is self.stage else None
+
+    def recorder_on(self, stage: Stage) -> Recorder | None:
+        """Return what records a run on a stage: a prediction is none."""
+        if self.journal is None or stage is not self.stage:
+            return None
+        return self.journal.record(stage.clock, self.facts())
+
+    def facts(self) -> Facts:
+        """Return what is run, in words, and what of it lives on beyond its runs."""
+        raise NotImplementedError
 
     def tally_on(self, stage: Stage) -> Tally | None:
         """Return what counts a run on a stage: a prediction is none of the executor's runs."""

@@ -21,10 +21,11 @@ from .drivers.virtual import VirtualClock
 from .errors import optional, refuse_type, require_callable, require_duration, require_kind
 from .executor import FunctionFace
 from .model import CancellationToken, CollectionReport, Query, RunReport, Task
-from .policy import LiveQuota
+from .policy import Limit, LiveQuota
 from .query import HierarchyFace
 from .quota import Account
 from .session import Reporting, Stage, check_run, run_blocking
+from .stored_line import StoredLine
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -134,6 +135,10 @@ class _Prediction(Stage):
         if gate is not None:
             return gate.twin(self._begun_at, self._start, Lock, self._twins)
         return make(self._real).twin(self._real.now(), self.clock.now(), Lock, self._twins)
+
+    def stored_lines(self, limits: Iterable[Limit]) -> list[StoredLine]:
+        """Return none: nothing is taken from a store for a prediction."""
+        return []
 
     def account(self, quota: LiveQuota) -> Account:
         """Return the twin of a quota's state, for which it is now and whose days pass in the simulation."""

@@ -118,10 +118,11 @@ class Source:
         `pooled` is what all sources of the run may use together.  Each clock has a gate of its own: what was used in
         real time says nothing about a virtual one.
         """
-        return Lane(
+        return stage.lane(
             self.name,
             stage.gate(self._gates, clock, self._make_gate),
             call,
+            self.limits,
             concurrency=self.concurrency,
             lookahead=lookahead,
             retry=self.retry,

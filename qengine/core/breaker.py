@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 from ..policy import BreakerPolicy
 
@@ -64,6 +66,29 @@ class Breaker:
         other._recent.extend(self._recent)
         other._probes_passed, other._reset_at = self._probes_passed, self._reset_at - now + to
         return other
+
+    def dump(self, now: float) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {
+            "state": self.state.value,
+            "reset_in": None if self.state is CLOSED else self._reset_at - now,
+            "failed_in_row": self._failed_in_row,
+            "recent": [*self._recent],
+            "reopens": self._reopens,
+            "probes_passed": self._probes_passed,
+        }
+
+    def load(self, dumped: Mapping[str, Any], now: float, elapsed: float) -> None:
+        """Be as another one was so many seconds ago; a probe that was out then brings no verdict."""
+        self._failed_in_row, self._reopens = dumped["failed_in_row"], dumped["reopens"]
+        self._probes_passed = dumped["probes_passed"]
+        self._recent.extend(dumped["recent"])
+        if dumped["reset_in"] is not None:
+            self._reset_at = now + dumped["reset_in"] - elapsed
+        self.spotless = self.spotless and not (self._failed_in_row or self._recent)
+        self.state = BreakerState(dumped["state"])
+        if self.state is not CLOSED:
+            self.spotless = False
 
     def ready_at(self, now: float) -> float:
         """Return when it lets an attempt through: `now` or before, or infinity while a probe is out."""

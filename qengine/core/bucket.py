@@ -85,6 +85,15 @@ class TokenBucket:
         """Return the state in place of another bucket's: its tokens, or its debt, stay."""
         return now - min(self.most, other.available(zero_at, now)) * self.interval
 
+    def dump(self, zero_at: float, now: float) -> float:
+        """Return what was taken and is not there again."""
+        return self.most - self.available(zero_at, now)
+
+    def load(self, zero_at: float, dumped: float, now: float, elapsed: float, longest: float) -> float:
+        """Return the state with what was dumped so many seconds ago taken as well."""
+        left = dumped - (elapsed / self.interval if self.interval else 0.0)
+        return self.charge(zero_at, left, now) if left > 0 else zero_at
+
     def available(self, zero_at: float, now: float) -> float:
         """Return the tokens there now; below 0 where there is a debt."""
         if self.interval == 0.0:

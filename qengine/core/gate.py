@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 from ..model import Amount
 from ..policy import Adaptive, BreakerPolicy
@@ -132,6 +133,36 @@ class Gate:
         if self._paused_until > now:
             other.pause(self._paused_until - now + to)
         return other
+
+    def dump(self, now: float) -> dict[str, Any]:
+        """Return the state as plain values, but for what others own, and an adaptive concurrency, which begins anew."""
+        return {
+            "limits": [limits.dump(now) for limits in self._limit_sets if limits not in self._lent],
+            "paused_for": max(0.0, self._paused_until - now),
+            "breaker": None if self.breaker is None else self.breaker.dump(now),
+        }
+
+    def load(self, dumped: Mapping[str, Any], now: float, elapsed: float, longest: float) -> None:
+        """Go on from what was dumped so many seconds ago; see `LimitSet.load`."""
+        own = [limits for limits in self._limit_sets if limits not in self._lent]
+        for limits, state in zip(own, dumped["limits"], strict=False):
+            limits.load(state, now, elapsed, longest)
+        if dumped["paused_for"] > elapsed:
+            self.pause(now + dumped["paused_for"] - elapsed)
+        if self.breaker is not None and dumped["breaker"] is not None:
+            with self._lock:
+                self.breaker.load(dumped["breaker"], now, elapsed)
+                self.calm = object()
+
+    @property
+    def lent(self) -> Set[LimitSet]:
+        """Those of its limits that others own."""
+        return self._lent
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether there are rates or windows."""
+        return bool(self._limit_sets)
 
     @property
     def units(self) -> set[str]:

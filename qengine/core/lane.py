@@ -38,10 +38,13 @@ HELD_UP = 0.050
 class Trail:
     """What only few tasks need to remember between their attempts."""
 
-    __slots__ = ("alarm", "error", "give_up_at", "has_budget", "route", "throttles", "told", "uncounted", "used")
+    __slots__ = (
+        "alarm", "error", "give_up_at", "has_budget", "is_resumed", "route", "throttles", "told", "uncounted", "used",
+    )
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+        self.is_resumed = False  # whether its attempts so far were those of another run, and in this one it is new
         self.route: Route | None = None  # where several sources can do it
         self.begin()
 
@@ -70,6 +73,7 @@ class Attempt:
 
     __slots__ = (
         "duration",
+        "entry",
         "followed_by",
         "holds",
         "index",
@@ -104,6 +108,7 @@ class Attempt:
         self.reason: str | None = None
         self.trail: Trail | None = None
         self.view: Any = None  # what the task sees of its attempt, while it runs; the driver's, but for what it `used`
+        self.entry: Any = None  # what a journal knows of the task
 
     # Set by the core before anybody reads them; annotated only, because each assignment here costs every task.
     index: int
@@ -124,6 +129,11 @@ class Attempt:
     def route(self) -> Route | None:
         """The sources that can do it, where there are several."""
         return None if self.trail is None else self.trail.route
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was not begun yet in this run."""
+        return self.number == 0 or (self.trail is not None and self.trail.is_resumed)
 
     @property
     def attempts(self) -> int:
@@ -163,6 +173,7 @@ class Attempt:
         other = Attempt(self.payload, self.task, self.lane)
         other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
         other.is_plain = False
+        other.entry = self.entry
         other.node = getattr(self, "node", None)
         self.followed_by = other
         return other
@@ -188,6 +199,7 @@ class FeedKind(Enum):
     NODES = "nodes"
     QUERIES = "queries"
     PROBE = "probe"
+    SUPPLY = "supply"
 
 
 class Feed:
@@ -313,9 +325,11 @@ class Lane:
         batch_size, batch_backoff: See ExecutionPolicy.
         max_abandoned: Calls given up at once before the breaker opens.
         tariff: What its calls cost.
+        supply: What it takes from limits and quotas whose state is elsewhere, a `Supply`; None where there are none.
     """
 
     __slots__ = (
+        "__weakref__",
         "abandoned",
         "accounts",
         "active",
@@ -343,6 +357,7 @@ class Lane:
         "guarded",
         "heap",
         "is_bare",
+        "is_kept",
         "handful",
         "has_budget",
         "joined",
@@ -363,6 +378,7 @@ class Lane:
         "singled_out",
         "stats",
         "success_count",
+        "supply",
         "take_call",
         "taken",
         "tariff",
@@ -390,6 +406,7 @@ class Lane:
         batch_backoff: float = 0.0,
         max_abandoned: int | None = None,
         tariff: Tariff = FREE,
+        supply: Any = None,
     ) -> None:
         self.name = name
         self.gate = gate
@@ -413,8 +430,14 @@ class Lane:
         self.handful = handful_of(lookahead)
         self.full_at = self.capacity - self.handful  # with more than this taken, another handful would not fit
         # Whether a start changes more than a count.
-        self.accounts = batch_size is not None or retry.timeout is not None or self.purse is not None
+        self.supply = supply
+        if supply is not None:
+            supply.feed.lane = self
+        self.accounts = (
+            batch_size is not None or retry.timeout is not None or self.purse is not None or supply is not None
+        )
         self.callers = 0  # who are about to submit a task, or wait for one: in `call` only
+        self.is_kept = False  # whether a journal is to know of each call before it is made
         self.abandoned = 0
         self.settles_at = -math.inf  # before, those given up last may still end
         self.renew()
@@ -544,7 +567,9 @@ class Lane:
 
     def account(self, attempt: Attempt, now: float) -> float:
         """Take from budget and batch for an attempt that starts; return its timeout."""
-        if attempt.number == 0:
+        if attempt.is_new:
+            if attempt.trail is not None:
+                attempt.trail.is_resumed = False
             if self.batch_size is not None:
                 self.batch_started += 1
                 self.batch_open += 1
@@ -603,16 +628,21 @@ class Lane:
         self.singled_out += calls
         _add(self.usage, self.used_by(amount, recorded), calls)
 
+    @property
+    def used(self) -> dict[str, float]:
+        """What its calls used, by unit."""
+        usage, calls = dict(self.usage), self.calls
+        if calls > self.singled_out:
+            _add(usage, {unit: used * (calls - self.singled_out) for unit, used in self.used_by(1).items()})
+        return {**usage, "calls": float(calls)}
+
     def report(self, begun_at: float) -> SourceReport:
         """Return what it counted in a run that began at that instant."""
         stats = self.stats
         stats.calls, stats.success_count, stats.busy_seconds = self.calls, self.success_count, self.busy_seconds
         stats.first_at = None if self.first_answer is None else self.first_answer - begun_at
         stats.last_at = None if self.last_answer is None else self.last_answer - begun_at
-        usage = dict(self.usage)
-        if self.calls > self.singled_out:
-            _add(usage, {unit: used * (self.calls - self.singled_out) for unit, used in self.used_by(1).items()})
-        stats.usage = {**usage, "calls": float(stats.calls)}
+        stats.usage = self.used
         stats.remaining = {} if self.purse is None else self.purse.remaining
         if self.budget is not None:
             stats.remaining["calls"] = min(self.budget, stats.remaining.get("calls", math.inf))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import refuse
@@ -99,6 +99,7 @@ class LimitSet:
     """
 
     __slots__ = (
+        "__weakref__",
         "_lone",
         "_others",
         "_tokens",
@@ -424,6 +425,40 @@ class LimitSet:
             if self.states is states:  # and so the base is theirs
                 return least
 
+    def dump(self, now: float) -> list[list[Any]]:
+        """Return the state as plain values: of each limit its kind and unit, its terms, and what was taken of it."""
+        while True:
+            states = self.read()
+            dumped = [[*_words(rule), rule.dump(state, self._time(rule, now))] for rule, state in paired(states)]
+            if self.states is states:  # and so the base is theirs
+                return dumped
+
+    def load(self, dumped: Iterable[Sequence[Any]], now: float, elapsed: float, longest: float) -> None:
+        """Take as well what was dumped so many seconds ago: of each limit that of its like, or the next of its kind.
+
+        `longest`: seconds that a call took at the most which had no outcome then.
+        """
+        left = list(dumped)
+        parts: dict[int, Any] = {}
+        for terms in (3, 2):  # those that have not changed first
+            for position, rule in enumerate(self.rules):
+                found = next((one for one in left if [*one[:terms]] == _words(rule)[:terms]), None)
+                if found is not None and position not in parts:
+                    left.remove(found)
+                    parts[position] = found[3]
+
+        def change(states: States) -> States:
+            after = [
+                rule.load(state, parts[at], self._time(rule, now), elapsed, longest) if at in parts else state
+                for at, (rule, state) in enumerate(paired(states))
+            ]
+            return (*after, states[-1])
+
+        while True:
+            states = self.read()
+            if self.swap(states, change(states), self.noted(change)):
+                return
+
     def is_as_new(self, now: float) -> bool:
         """Say whether others in its place would grant the same from here on."""
         states = self.read()
@@ -490,6 +525,13 @@ def _shifted(states: States, seconds: float) -> States:
     """Return the states where the buckets' instants count from so many seconds later."""
     shifted = [rule.shifted(s, seconds) if type(rule) is TokenBucket else s for rule, s in paired(states)]
     return (*shifted, states[-1])
+
+
+def _words(rule: Rule) -> list[Any]:
+    """Return what tells a limit from others: its kind, what it counts, and in what time."""
+    if isinstance(rule, TokenBucket):
+        return ["rate", rule.unit, rule.interval]
+    return ["window", rule.unit, rule.seconds]
 
 
 def paired(states: States) -> list[tuple[Any, Any]]:

@@ -25,7 +25,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappush
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import TaskError, TaskTimeoutError
 from ..model import OTHERS, Amount, Event, Hop, SourceReport, Task, TaskStatus
@@ -55,6 +55,26 @@ Record = Attempt | Found | tuple[Any, Any, str, float, float] | None
 payload, the value, the lane's name, started_at and duration: less to keep, and nothing for the garbage collector to
 look through; of such a query what was found.  None: it has none yet."""
 
+
+
+class Known(NamedTuple):
+    """What arrives for a bare payload whose value a journal has, from one call."""
+
+    lane: Lane
+    payload: Any
+    value: Any
+    started_at: float
+    duration: float
+    entry: Any
+
+
+class Tried(NamedTuple):
+    """Word for a journal that a task was tried, in vain so far, for the so-manieth time."""
+
+    attempt: Attempt
+    number: int
+
+
 ON_EVENT = Wait(None)  # shared: making one for each would cost more than the decision
 PULLS_DROPPED_AFTER = 0.050
 SETTLING = 0.100
@@ -77,6 +97,9 @@ class Run:
         records: Where every task is kept, in the order taken; None to keep none.
         completed: Where finished tasks are put for a consumer, who then counts `lane.delivered`; None for none.
         probe: Says, item by item, whether all admission is to be held; None where nobody asks.
+        log: Where is put, in order, what a journal is to commit before it is told: a finished attempt; of a bare
+            payload that succeeded at once its index, what is kept of it, its entry and its lane; a `Tried`; and, where
+            `emit` puts them there, events.  It may be `completed` as well.  None where there is no journal.
         emit: Called with each Event; None for none.
         note: Called with those that are rare, all but "start", "answer" and "result", where there is no `emit`.
     """
@@ -95,6 +118,7 @@ class Run:
         records: list[Record] | None = None,
         completed: deque[Attempt] | None = None,
         probe: Feed | None = None,
+        log: deque[Any] | None = None,
         emit: Callable[[Event], object] | None = None,
         note: Callable[[Event], object] | None = None,
     ) -> None:
@@ -123,6 +147,7 @@ class Run:
         self._rng = rng
         self._emit = emit
         self._note = emit or note
+        self._log = log
         self._hold = None if probe is None else Hold(probe)
         self._hold_alarm = 0
         self._running: set[Attempt] = set()
@@ -250,7 +275,10 @@ class Run:
         lane.last_answer = now
         records = self.records
         if records is not None:
-            records[attempt.index] = (attempt.payload, outcome, lane.name, started_at, duration)
+            records[attempt.index] = kept = (attempt.payload, outcome, lane.name, started_at, duration)
+            if self._log is not None:
+                self._log.append((attempt.index, kept, attempt.entry, lane))
+                attempt.entry = None
         lane.success_count += 1
         lane.delivered = delivered = lane.delivered + 1
         budget, take_call = lane.budget, lane.take_call
@@ -285,6 +313,7 @@ class Run:
             not self._watched
             and not lane.accounts
             and lane.is_bare
+            and not lane.is_kept
             and not lane.heap
             and not lane.fifo
             and not lane.abandoned
@@ -321,6 +350,9 @@ class Run:
         if self._hold is not None and feed is self._hold.probe:
             self._probed(self._hold, error, now)
             return
+        if feed.kind is FeedKind.SUPPLY:
+            self._supplied(feed, error, now)
+            return
         self._collect(feed, now)
         took = now - feed.pulled_at
         was_late, feed.was_late = feed.was_late, took > SLOW_PULL
@@ -356,6 +388,19 @@ class Run:
             self._set_timer(hold.looks_at, Timer.PROBE, None)
         if word:
             self._tell(word, now, None)
+
+    def _supplied(self, feed: Feed, error: BaseException | None, now: float) -> None:
+        """Note what was fetched for a lane."""
+        lane = feed.lane
+        assert lane is not None
+        if error is not None:
+            self.fatal = self.fatal or error
+            self.cancel("store", now, "abandon")
+            return
+        supply = lane.supply
+        for permit in feed.arrived.popleft() if feed.arrived else ():
+            supply.brought(permit, now)
+        self._activate(lane)
 
     def _has_work(self, now: float) -> bool:
         """Say whether there may be something to start: else a probe is not asked."""
@@ -585,7 +630,7 @@ class Run:
             self.records.append(None)
         if feed is not None and lane.taken - lane.delivered > lane.full_at:
             self._rest(lane, feed)
-        if attempt.task is not None and self._refused(attempt, now):
+        if (attempt.task is not None or attempt.status is not None) and self._refused(attempt, now):
             return
         if attempt.rank is None:
             self._draw(lane, len(lane.raw))
@@ -600,11 +645,14 @@ class Run:
     def _refused(self, attempt: Attempt, now: float) -> bool:
         """Give a task its rank, or its result at once: a bad item, a duplicate, one its source does not support."""
         task = attempt.task
-        assert task is not None
         if attempt.rank is not None:  # its place in the tree
             attempt.rank = (*attempt.rank, attempt.index)
-        elif task.priority:
+        elif task is not None and task.priority:
             attempt.rank = (task.priority, attempt.index)
+        if attempt.status is not None:  # it was recalled
+            self._recalled(attempt, attempt.status, now)
+            return True
+        assert task is not None
         is_routed = attempt.route is not None  # and was checked for each source
         if attempt.outcome is None and attempt.reason is None and not is_routed:
             try:
@@ -617,14 +665,31 @@ class Run:
             self._end(attempt, ERROR, now)
         elif attempt.reason is not None:
             self._end(attempt, SKIPPED, now)
-        elif task.key is not None and task.key in self._keys:
+        elif self._is_duplicate(task):
             attempt.reason = "duplicate"
             self._end(attempt, SKIPPED, now)
         else:
-            if task.key is not None:
-                self._keys.add(task.key)
             return False
         return True
+
+    def _recalled(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
+        """Give a task the result that a journal has of it."""
+        if self._is_duplicate(attempt.task):
+            attempt.reason, attempt.outcome = "duplicate", None
+            self._end(attempt, SKIPPED, now)
+            return
+        attempt.lane.stats.recalled += 1
+        self._tell("recalled", now, attempt, status.value)
+        self._end(attempt, status, now, recalled=True)
+
+    def _is_duplicate(self, task: Task[Any] | None) -> bool:
+        """Say whether another task of the same key was taken before."""
+        if task is None or task.key is None:
+            return False
+        if task.key in self._keys:
+            return True
+        self._keys.add(task.key)
+        return False
 
     def _rest(self, lane: Lane, feed: Feed) -> None:
         """Let the feed rest when a lane could not take another handful."""
@@ -661,6 +726,8 @@ class Run:
                 self._collect_bare(feed)
             elif kind is NodeKey:
                 self._collect_nodes(feed)
+            elif kind is Known:
+                self._collect_known(feed, now)
             else:
                 self._take(arrived.popleft(), None if feed.kind is FeedKind.NODES else feed, now)
         if self.stop_reason is not None:
@@ -676,6 +743,27 @@ class Run:
         self._tree.nodes_came(feed, keys, self.lanes)
         for lane in self.lanes:
             self._activate(lane)
+
+    def _collect_known(self, feed: Feed, now: float) -> None:
+        """Take the values at the head of what a feed has brought that a journal has: each is a result."""
+        arrived, records = feed.arrived, self.records
+        while arrived and type(arrived[0]) is Known:
+            lane, payload, value, started_at, duration, entry = arrived.popleft()
+            if self._watched or records is None:
+                attempt = Attempt(payload, None, lane)
+                attempt.entry = entry
+                attempt.number, attempt.outcome, attempt.status = 1, value, SUCCEEDED
+                attempt.started_at, attempt.duration = started_at, duration
+                self._take(attempt, feed, now)
+                continue
+            if not lane.joined:
+                self._join(lane)
+            records.append((payload, value, lane.name, started_at, duration))
+            self._index += 1
+            lane.taken += 1
+            lane.delivered += 1
+            lane.success_count += 1
+            lane.stats.recalled += 1
 
     def _collect_bare(self, feed: Feed) -> None:
         """Take the bare payloads at the head of what a feed has brought: a task is made of each when it starts."""
@@ -718,6 +806,8 @@ class Run:
         tree = self._tree
         if tree is not None and (feed := tree.next_feed(lane)) is not None:
             return self._pull(feed, now)
+        if lane.supply is not None and lane.supply.news and lane.supply.asks:
+            return self._pull(lane.supply.feed, now)
         if lane.running >= lane.concurrency:
             return None
         if lane.raw and lane.calm is lane.gate.calm and lane.takes_one(now):
@@ -748,6 +838,8 @@ class Run:
                     if self._is_routed:
                         self._offer_once(attempt)
                     self._wake_at(lane, until, now)
+                    if lane.supply is not None and lane.supply.asks:
+                        return self._pull(lane.supply.feed, now)
                     return None
                 if attempt.status is not None:  # skipped
                     if self.stop_reason is not None:  # ... as the last straw
@@ -805,7 +897,7 @@ class Run:
             if now < lane.settles_at:
                 return lane.settles_at
             gate.keep_shut(now)
-        funds = self._funds(lane, attempt)
+        funds = self._funds(lane, attempt, now)
         if funds is Standing.LATER:
             self._short[lane] = None
             return INF  # what runs may turn out to use less
@@ -816,7 +908,7 @@ class Run:
             return now
         if trail is not None and trail.route is not None and lane.is_shut(now):
             self._offer(trail.route)  # another may be back before
-        if lane.batch_size is not None and attempt.number == 0 and (until := lane.batch_takes_at()) > now:
+        if lane.batch_size is not None and attempt.is_new and (until := lane.batch_takes_at()) > now:
             return until
         purse = lane.purse
         parts = () if purse is None else purse.parts(attempt.amount)
@@ -828,24 +920,34 @@ class Run:
             amount = 1 if attempt.task is None else attempt.task.amount
             while (until := gate.admit(attempt, amount, now)) > now and self._watches(lane, until):
                 pass  # ask again, lest what is watched for came in between
-        if purse is None or until > now:
-            return until
-        holds = purse.reserve(parts)
-        if holds is None:  # another run was quicker
-            if gate.active:
+        supply = lane.supply
+        if supply is not None and until <= now:
+            until = supply.ready_at(attempt.amount, now)
+            if until > now and gate.active:
                 gate.retract(attempt, attempt.amount)
-            return self._ask_gates(lane, attempt, now)
-        attempt.holds = holds
-        self._in_flight.update(purse.allowances)
+        if until > now:
+            return until
+        if purse is not None:
+            holds = purse.reserve(parts)
+            if holds is None:  # another run was quicker
+                if gate.active:
+                    gate.retract(attempt, attempt.amount)
+                return self._ask_gates(lane, attempt, now)
+            attempt.holds = holds
+            self._in_flight.update(purse.allowances)
+        if supply is not None:
+            supply.take(attempt)
         return now
 
-    def _funds(self, lane: Lane, attempt: Attempt) -> Standing:
+    def _funds(self, lane: Lane, attempt: Attempt, now: float) -> Standing:
         """Say whether a lane can pay for a task: now, later if calls in flight give something back, or never."""
         trail = attempt.trail
         has_budget = attempt.lane is lane and trail is not None and trail.has_budget
         if lane.budget is not None and lane.budget < 1 and not has_budget:
             return Standing.NEVER
         purse = lane.purse
+        if lane.supply is not None and lane.supply.is_spent(now):
+            return Standing.NEVER
         if purse is None or purse.fits(parts := purse.parts(attempt.amount)):
             return Standing.NOW
         may_get_back = any(self._in_flight[allowance] for allowance in purse.allowances)
@@ -954,6 +1056,8 @@ class Run:
             purse.settle(attempt.holds, used)
             self._in_flight.subtract(purse.allowances)
             self._look_again()
+        if attempt.lane.supply is not None:
+            attempt.lane.supply.ended(attempt, used)
         if not gate.active:
             return
         if used is not None or gate.has_windows:
@@ -987,12 +1091,15 @@ class Run:
             self._fail(attempt, error, now)
             return
         lane.gate.pause(now + delay)  # whatever becomes of this task
+        if lane.supply is not None:
+            lane.supply.pause(delay)
         if now + delay >= trail.give_up_at:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
             self._tell("throttled", now, attempt, f"{delay:g}")
             attempt.number -= 1
             trail.uncounted += 1
+            self._note_try(attempt)
             if attempt.number == 0 and lane.batch_size is not None:  # it is to count once in its batch
                 lane.batch_started -= 1
                 lane.batch_open -= 1
@@ -1010,6 +1117,7 @@ class Run:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
             attempt.lane.stats.retries += 1
+            self._note_try(attempt)
             self._tell("retry", now, attempt, f"{delay:g}")
             self._set_timer(now + delay, Timer.RETRY, attempt)
 
@@ -1020,13 +1128,18 @@ class Run:
         if self.stop_reason is not None:
             self._cancel_one(attempt, now)
             return False
-        if self._funds(lane, attempt) is Standing.NEVER:
+        if self._funds(lane, attempt, now) is Standing.NEVER:
             self._fail(attempt, error, now)
             return False
         if lane.budget is not None:
             lane.budget -= 1
             trail.has_budget = True
         return True
+
+    def _note_try(self, attempt: Attempt) -> None:
+        """Have a journal know how often a task that is to be tried again was tried."""
+        if self._log is not None:
+            self._log.append(Tried(attempt, attempt.number))
 
     def _queue_again(self, attempt: Attempt) -> None:
         lane, trail = attempt.lane, attempt.trail
@@ -1049,8 +1162,8 @@ class Run:
         attempt.outcome = Raised(error)
         self._end(attempt, _failure(error), now)
 
-    def _end(self, attempt: Attempt, status: TaskStatus, now: float) -> None:
-        """Give a task its result."""
+    def _end(self, attempt: Attempt, status: TaskStatus, now: float, *, recalled: bool = False) -> None:
+        """Give a task its result; one that was recalled was no call of this run, and a failure then stops nothing."""
         attempt.status = status
         if attempt.trail is not None:
             self._timers.drop(attempt.trail.alarm)
@@ -1077,17 +1190,41 @@ class Run:
         if self.completed is not None:
             self.completed.append(attempt)
         else:
+            if self._log is not None:
+                self._log.append(attempt)
             lane.delivered += 1
             if lane.delivered >= lane.resume_at:
                 self._resume(lane)
         if self.crowd:
             self._thin(now)
-        if lane.batch_size is not None and attempt.number:
+        if lane.batch_size is not None and attempt.number and not recalled:
             self._batch_ended_one(lane, now)
         if self._emit is not None:
             self._tell("result", now, attempt, status.value)
+        if recalled and status is not SUCCEEDED:
+            return
         if (last_straw := self._stop_rule.after(status)) is not None:
             self.cancel(last_straw, now)
+
+    def fail(self, error: BaseException, now: float) -> None:
+        """End the run for an error that is its caller's: what it brings can be kept no more."""
+        self.fatal = self.fatal or error
+        self.cancel("journal", now, "abandon")
+
+    def unsaved(self, items: Iterable[Any], reason: str) -> None:
+        """Note that some of the log could not be committed: those answers are none.  For a run that is over."""
+        for item in items:
+            if isinstance(item, tuple) and not isinstance(item, Tried):
+                index, (payload, *_), _, lane = item
+                item = Attempt(payload, None, lane)
+                item.index, item.status, item.started_at, item.duration = index, SUCCEEDED, self.begun_at, 0.0
+                item.number = 1
+            if isinstance(item, Attempt) and item.status is SUCCEEDED:
+                item.status, item.outcome, item.reason = CANCELLED, None, reason
+                item.lane.success_count -= 1
+                item.lane.stats.cancelled_count += 1
+                if self.records is not None:
+                    self.records[item.index] = item
 
     def _keeps_bare(self, attempt: Attempt) -> bool:
         """Say whether of a task that succeeds only little is kept, from which its latency can be told."""
@@ -1121,7 +1258,7 @@ class Run:
 
     def _standing(self, lane: Lane, attempt: Attempt, now: float) -> Standing:
         """Say whether a lane takes a task, apart from its limits, which are waited for."""
-        if self._funds(lane, attempt) is Standing.NEVER:  # what calls in flight may give back is waited for
+        if self._funds(lane, attempt, now) is Standing.NEVER:  # what calls in flight may give back is waited for
             return Standing.NEVER
         gate, breaker = lane.gate, lane.gate.breaker
         if lane.hangs:

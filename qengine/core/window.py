@@ -116,6 +116,24 @@ class RollingWindow:
         slots = live_slots(other._at(state, now))
         return _packed([(at + longer, size) for at, size in slots if at + longer > now], state[3])
 
+    def dump(self, state: Slots, now: float) -> tuple[list[Slot], float]:
+        """Return what was taken: how many seconds ago each slot was, with its amount; and how much is held."""
+        begun = now + self.seconds
+        return [(begun - ends_at, size) for ends_at, size in live_slots(self._at(state, now))], state[3]
+
+    def load(
+        self, state: Slots, dumped: tuple[list[Slot], float], now: float, elapsed: float, longest: float
+    ) -> Slots:
+        """Return the state with what was dumped so many seconds ago taken as well.
+
+        What was held then had its outcome after `longest` seconds at the latest, or has it now.
+        """
+        slots, held = dumped
+        slots = [*slots, (-min(elapsed, longest), held)]
+        left = [(now - elapsed - ago + self.seconds, size) for ago, size in slots if size]
+        left = [(ends_at, size) for ends_at, size in left if ends_at > now]
+        return _packed([*live_slots(self._at(state, now)), *left], state[3], state[4])
+
     def available(self, state: Slots, now: float) -> float:
         """Return the units that may be taken now; below 0 where there is a debt."""
         state = self._at(state, now)

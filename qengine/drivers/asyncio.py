@@ -25,6 +25,7 @@ from ..core.run import Run
 from ..core.steps import Cancel, Raised, Wait
 from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
 from .clock import CanCancel, Clock, DriverThread
+from .commits import Commits
 from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
 from .handover import Lender
 from .virtual import VirtualClock
@@ -124,9 +125,10 @@ class TaskCrew(Crew):
         clock: Clock,
         *,
         deliver: Deliver | None = None,
+        commits: Commits | None = None,
         after_pump: Callable[[], object] | None = None,
     ) -> None:
-        super().__init__(run, clock, deliver=deliver, after_pump=after_pump)
+        super().__init__(run, clock, deliver=deliver, commits=commits, after_pump=after_pump)
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
         self._timer: CanCancel | None = None
@@ -135,6 +137,10 @@ class TaskCrew(Crew):
         self._yield_at = math.inf if self._in_turn else self._now_fn() + SLICE
         self._count = 0
         self._threads: list[DriverThread] = []
+        self._keeper = Lender(clock, "qengine-journal")
+        self._keeping: asyncio.Task[None] | None = None
+        self._kept: dict[Attempt, asyncio.Future[None]] = {}  # who waits for a start to be committed
+        self._caught_up: list[asyncio.Future[None]] = []  # who waits until there is not so much to be committed
 
     def start(self) -> None:
         """Begin."""
@@ -164,6 +170,8 @@ class TaskCrew(Crew):
     async def join(self, seconds: float = UNWIND_SECONDS) -> None:
         """Wait for the tasks to end, those that were given up too, but not longer than that; then shut the inputs."""
         tasks = [worker.task for worker in self._hired]
+        if self._keeping is not None:
+            tasks.append(self._keeping)
         until = self._loop.time() + seconds
         try:
             await self.clock.unwind(tasks, seconds)
@@ -176,8 +184,8 @@ class TaskCrew(Crew):
                 if not task.done():
                     _left_behind.add(task)
                     task.add_done_callback(_left_behind.discard)
-            for worker in self._hired:
-                self._threads += worker.lender.end()
+            for lender in (self._keeper, *(worker.lender for worker in self._hired)):
+                self._threads += lender.end()
             while self._threads:
                 self._threads.pop().join()  # each is on its way out
 
@@ -220,6 +228,7 @@ class TaskCrew(Crew):
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         told: Sized = inbox if alone else (True,)  # something is there that the pump is to see to
+        pending, commits = self._pending, self._commits
         set_current_worker(worker, self.clock)
         count, base = len(context), tuple(context.items())
         task = asyncio.current_task()
@@ -250,7 +259,8 @@ class TaskCrew(Crew):
                                 self._retire(worker, work, outcome)
                                 return
                             now = now_fn()
-                            if told:
+                            if told or (pending and commits is not None and now >= commits.asks_at):
+                                step = None  # that of the call before has been taken
                                 break
                             # What the pump would do, in short: where nothing else is to be done, this is all.
                             step = turn(work, outcome, now)
@@ -353,6 +363,65 @@ class TaskCrew(Crew):
 
     def _begin_slice(self) -> None:
         self._yield_at = self._now_fn() + SLICE
+
+    # ---- what is to be committed -------------------------------------------------------------------------------------
+
+    async def begin(self, attempt: Attempt) -> None:
+        """Wait until a journal knows that an attempt is about to be made."""
+        commits = self._commits
+        assert commits is not None
+        if self._in_turn:
+            commits.begin(attempt, self._now_fn)
+            return
+        commits.starts.append(attempt)
+        self._kept[attempt] = waiter = self._loop.create_future()
+        self._keep(commits)
+        await waiter
+        if commits.error is not None:
+            raise commits.error
+
+    async def catch_up(self) -> None:
+        """Wait until a journal has caught up."""
+        assert self._commits is not None
+        waiter = self._loop.create_future()
+        self._caught_up.append(waiter)
+        self._keep(self._commits)
+        await waiter
+
+    def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
+        if self._in_turn:
+            super()._see_to(commits, now, is_idle)
+        elif self._closing or (self._pending and (is_idle or now >= commits.due_at)):
+            self._keep(commits)
+        elif self._pending and not commits.is_watched:
+            commits.watch()
+            self._loop.call_later(max(0.0, commits.due_at - now), self._look)
+
+    def _keep(self, commits: Commits) -> None:
+        if self._keeping is None:
+            self._keeping = self._loop.create_task(self._commit(commits))
+
+    async def _commit(self, commits: Commits) -> None:
+        """Commit what there is, off the loop, until nothing is left; then the run may be over."""
+        is_over = False
+        while commits.pending or commits.starts or self._closing or self._caught_up:
+            batch = commits.take(self._closing.pop() if self._closing else None)
+            caught_up, self._caught_up = self._caught_up, []
+            is_over = is_over or batch[2] is not None
+            await self._keeper.finish(partial(commits.write, batch))
+            commits.done(batch, self._now_fn())
+            for attempt in batch[1]:
+                if not self._kept[attempt].done():
+                    self._kept[attempt].set_result(None)
+                del self._kept[attempt]
+            for waiter in caught_up:
+                if not waiter.done():
+                    waiter.set_result(None)
+            if self._after_pump is not None:
+                self._after_pump()
+        self._keeping = None
+        if is_over:
+            self._closed(commits)
 
     # ---- the time ----------------------------------------------------------------------------------------------------
 

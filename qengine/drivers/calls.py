@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..core.lane import SLOW_PULL, Attempt, Feed
 from ..core.purse import RECORDABLE
+from ..core.run import Known
 from ..core.steps import Raised
 from ..core.tree import NodeKey
 from ..errors import RateLimitError, refuse, refuse_type, require_at_least
@@ -34,7 +35,7 @@ _PLAIN_DATA = (list, tuple, range)
 PLAIN_VALUES = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict, set})
 """Types of values that need no `check_value`."""
 
-_READY = frozenset({tuple, Attempt, NodeKey})  # what `Feed.prepare` gives, where nothing of it is to be awaited
+_READY = frozenset({tuple, Attempt, NodeKey, Known})  # what `Feed.prepare` gives, where nothing of it is to be awaited
 
 _END: Any = object()
 _AWAITED: Any = object()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import suppress
 from contextvars import Context, copy_context
 from enum import Enum
@@ -23,6 +23,7 @@ from ..core.run import ON_EVENT, Run
 from ..core.steps import DONE, Cancel, Step
 from .calls import tell_cancelled
 from .clock import SYSTEM_CLOCK, Clock
+from .commits import Commits
 
 CALLS_AT_ONCE = 2
 """Workers that are being woken, or hired, at a time; each that comes has two more called, if there is work for them.
@@ -65,6 +66,7 @@ class Crew:
         clock: The run's clock.
         deliver: Called with each finished task, in order of completion, and with None after the last; under the
             core's lock, so it may only hand over.
+        commits: What has to be committed before it is told; None where there is no journal.
         after_pump: Called without any lock after each turn; tells the user's listeners.
     """
 
@@ -74,6 +76,7 @@ class Crew:
         clock: Clock,
         *,
         deliver: Deliver | None = None,
+        commits: Commits | None = None,
         after_pump: Callable[[], object] | None = None,
     ) -> None:
         self.run = run
@@ -82,6 +85,9 @@ class Crew:
         self.fault: BaseException | None = None
         self.untold: deque[Callable[[], object]] = deque()  # what to call when the lock is released
         self._told_end = False
+        self._commits = commits
+        self._pending: Sized = () if commits is None else commits.pending
+        self._closing: list[str] = []  # of a run that is over but for what is to be committed, why
         # On virtual time work is begun in the order in which it is handed out, also a worker's own next.
         self._in_turn = clock is not SYSTEM_CLOCK
         self._now_fn = clock.now
@@ -103,7 +109,11 @@ class Crew:
         if not self.over:
             self._lock.acquire(False)  # for good: nobody speaks to the core any more
             self.run.completed = None  # what it had is the parent's to hand out
+            if self._commits is not None:
+                self._commits.leave()
             self._fail(RuntimeError("this process was forked while the run went on: it goes on in the parent alone"))
+            if self._commits is not None:
+                self._close(self._commits)
 
     def post(self, method: Callable[..., object], *args: Any) -> None:
         """Have a method of the run called with `args` and the time.  From any thread, and from a signal handler."""
@@ -221,12 +231,51 @@ class Crew:
                     self._start(hired, work)
             if self.untold:
                 self._tell_calls()
+            if self._commits is not None:
+                self._see_to(self._commits, now, worker is not None and mine is None)
             if self._after_pump is not None:
                 self._after_pump()
             # Looked at again after the release: nothing that was left meanwhile stays behind.
             if not inbox or not lock.acquire(False):
                 return mine
             step = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much is to be committed that no call is to be begun before."""
+        return self._commits is not None and self._commits.is_full
+
+    def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
+        """Commit what is due, and all there is where there is nothing else to do; then the run may be over."""
+        if self._closing:
+            self._close(commits)
+        elif self._pending:
+            if now >= commits.due_at or (is_idle and commits.due_at < math.inf):
+                commits.commit(self._now_fn)
+            if self._pending and not commits.is_watched:
+                commits.watch()
+                self._ring()
+
+    def _close(self, commits: Commits) -> None:
+        """Commit the last of it, and tell the caller that the run is over."""
+        try:
+            ended = self._closing.pop()
+        except IndexError:  # somebody else is at it
+            return
+        try:
+            commits.finish(self._now_fn, ended)
+        finally:
+            self._closed(commits)
+
+    def _closed(self, commits: Commits) -> None:
+        try:
+            self.run.unsaved(commits.unsaved, "not_committed")
+            for item in commits.unsaved:
+                commits.hand_out(item)
+            commits.hand_out(None)
+        finally:
+            self.over = True
+            self._conclude()
 
     def _tell_calls(self) -> None:
         """Tell what is left to tell to calls: their callbacks are the user's."""
@@ -266,7 +315,11 @@ class Crew:
             worker.place = CALLED
             worker.mailbox.put(None)
         self._idle.clear()
-        if not self.over:
+        if self._commits is not None:
+            if not self.over and not self._told_end:
+                self._told_end = True
+                self._closing.append(self.run.stop_reason or "done")
+        elif not self.over:
             if self._deliver is not None:
                 self._hand_out(self._deliver)  # before anybody learns that it is over
             self.over = True

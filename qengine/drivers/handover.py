@@ -58,6 +58,10 @@ def in_thread(fn: Callable[P, V]) -> Callable[P, Coroutine[Any, Any, V]]:
         return call
 
 
+_Thread = tuple[Queue, DriverThread]
+"""A thread, and where it finds what it is to do."""
+
+
 class Lender:
     """The threads of one worker: as many as calls at the same time, nearly always one."""
 
@@ -69,7 +73,7 @@ class Lender:
         self.busy = 0  # threads that have not returned
         self.on_return: Callable[[Any, BaseException | None], object] | None = None
         """Called with what the last of them came to, though nobody waits for it."""
-        self._idle: list[tuple[Queue, DriverThread]] = []
+        self._idle: list[_Thread] = []
 
     async def run(self, fn: Callable[[], Any], worker: HasWork | None) -> Any:
         """Run a function on a thread, and wait for it."""
@@ -94,12 +98,10 @@ class Lender:
             except RuntimeError:  # the loop is closed
                 return
 
-        jobs, thread = self._idle.pop() if self._idle else self._start()
-        context = copy_context()
         self.busy += 1
         if worker is not None:
             fn = functools.partial(_as_worker, worker, self._clock, fn)
-        self._clock.hand(jobs, (context, fn, reply))
+        jobs, thread = self._send(fn, reply)
         try:
             outcome = await future
         except BaseException:
@@ -111,6 +113,20 @@ class Lender:
             raise outcome.error
         return outcome
 
+    async def finish(self, fn: Callable[[], object]) -> None:
+        """Run a function on a thread to its end, which is waited for whoever is cancelled; it raises nothing."""
+        from asyncio import CancelledError, get_running_loop, shield
+
+        loop = get_running_loop()
+        future = loop.create_future()
+        job = self._send(fn, lambda value, error: loop.call_soon_threadsafe(future.set_result, None))
+        while not future.done():
+            try:
+                await shield(future)
+            except CancelledError:
+                continue
+        self._idle.append(job)
+
     def end(self) -> list[DriverThread]:
         """Let the threads that have nothing to do end, and return them."""
         idle, self._idle = self._idle, []
@@ -118,7 +134,12 @@ class Lender:
             jobs.put(None)
         return [thread for _, thread in idle]
 
-    def _start(self) -> tuple[Queue, DriverThread]:
+    def _send(self, fn: Callable[[], Any], reply: Callable[[Any, BaseException | None], object]) -> _Thread:
+        jobs, thread = self._idle.pop() if self._idle else self._start()
+        self._clock.hand(jobs, (copy_context(), fn, reply))
+        return jobs, thread
+
+    def _start(self) -> _Thread:
         jobs = self._clock.queue()
         thread = self._clock.thread(_serve, (jobs,), self._name)
         self._clock.begin(thread)
@@ -141,7 +162,7 @@ def _serve(jobs: Queue) -> None:
         del job, context, fn, reply  # an idle thread keeps nothing alive
 
 
-def _do(context: Context, fn: Callable[[], Any], reply: Callable[[Any, BaseException | None], None]) -> None:
+def _do(context: Context, fn: Callable[[], Any], reply: Callable[[Any, BaseException | None], object]) -> None:
     try:
         value = context.run(fn)
     except BaseException as error:

@@ -23,6 +23,7 @@ from ..core.run import Run
 from ..core.steps import Raised
 from .calls import PLAIN_VALUES, check_value, pull_now, raised, set_current_worker
 from .clock import Clock, DriverThread
+from .commits import Commits
 from .crew import GONE, IDLE, Crew, Deliver, Work, Worker, look_again
 
 
@@ -43,9 +44,10 @@ class ThreadCrew(Crew):
         clock: Clock,
         *,
         deliver: Deliver | None = None,
+        commits: Commits | None = None,
         after_pump: Callable[[], object] | None = None,
     ) -> None:
-        super().__init__(run, clock, deliver=deliver, after_pump=after_pump)
+        super().__init__(run, clock, deliver=deliver, commits=commits, after_pump=after_pump)
         self._count = 0
         self._alarm = clock.queue()
         self._finished = clock.queue()
@@ -112,7 +114,7 @@ class ThreadCrew(Crew):
     def _work(self, worker: ThreadWorker) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
         turn, inbox, acquire, release = self.run.turn, self._inbox, self._lock.acquire, self._lock.release
-        ready = self._ready
+        ready, pending, commits = self._ready, self._pending, self._commits
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         base = self._context.copy()
@@ -134,7 +136,10 @@ class ThreadCrew(Crew):
                             check_value(outcome)
                     except BaseException as error:
                         outcome = raised(work, error)
-                    if alone and not inbox and acquire(False):
+                    is_alone = alone and not inbox
+                    if is_alone and pending and commits is not None and now_fn() >= commits.asks_at:
+                        is_alone = False
+                    if is_alone and acquire(False):
                         # What the pump would do, in short: where nothing else is to be done, this is all.
                         now = now_fn()
                         try:
@@ -167,11 +172,27 @@ class ThreadCrew(Crew):
         self._alarm.put(None)
         self._finished.put(None)
 
+    def begin(self, attempt: Attempt) -> None:
+        """Wait until a journal knows that an attempt is about to be made."""
+        assert self._commits is not None
+        self._commits.begin(attempt, self._now_fn)
+
+    def catch_up(self) -> None:
+        """Wait until a journal has caught up."""
+        assert self._commits is not None
+        self._commits.catch_up(self._now_fn)
+
     def _keep_time(self) -> None:
         while not self.over:
             # First forget the alarm, then leave word: whoever has the lock, or gets it, looks again and sets it anew.
             self._sleep_until = math.inf
             self._pump(None, look_again, ())
             # Who rings has left word in the inbox, or has only set the alarm earlier.
-            while self.clock.take_until(self._alarm, self._sleep_until) and not (self._inbox or self.over):
+            while self.clock.take_until(self._alarm, self._wakes_at()) and not (self._inbox or self.over):
                 pass
+
+    def _wakes_at(self) -> float:
+        commits = self._commits
+        if commits is None or not commits.is_watched:
+            return self._sleep_until
+        return min(self._sleep_until, commits.due_at)

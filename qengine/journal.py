@@ -1,0 +1,976 @@
+"""A run's journal: what was asked and answered, on disk, so that a run that was cut short goes on where it was.
+
+    tasks      each task that was begun or has its outcome; `value` is what it brought
+    sources    how far each source's limits and budgets are used, and what it has done, over all runs
+    shared     likewise limits and quotas that are not one source's alone
+    runs       each time that the journal was gone on with: by which process, from when to when, how it ended
+    facts      what was run, so that a change is noticed
+
+Rules: an answer is committed before anybody is told of it.  A call to a source of which something must survive (a rate,
+a window, a budget, a quota) is known before it is made; what was in flight when a process died counts as made, and is
+asked again.  Where nothing must survive, what is not committed yet is asked again.  One process writes; what is wrong
+with the file is said before anything is asked.  No key of an API is in it, unless payloads, values or errors hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from datetime import date, datetime
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from functools import partial
+from hashlib import blake2b
+from pathlib import PurePath
+from threading import Lock
+from typing import Any, Final, Protocol, Self
+from uuid import UUID
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from .core.lane import Attempt, Lane
+from .core.purse import Budget
+from .core.run import Known, Tried
+from .core.steps import Raised
+from .database import WRITER, Database, boot_token
+from .drivers.calls import GivenUp, current_worker
+from .drivers.clock import SYSTEM_CLOCK, Clock
+from .errors import QEngineError, Single, StorageError, TaskError, TaskTimeoutError, refuse_type, require_kind
+from .facts import Facts, Said
+from .model import OTHERS, Query, SourceReport, Task, TaskStatus
+from .quota import Account
+
+_log = logging.getLogger(__name__)
+
+SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS tasks (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,  -- the task's own as '=' and JSON; else source, level and query as JSON, or '#' and its hash
+    source TEXT NOT NULL,
+    value,  -- JSON, or what the codec made of it; NULL where there is none (yet)
+    started_at REAL,  -- of the last attempt, seconds since the epoch
+    duration REAL,
+    status TEXT NOT NULL DEFAULT 'succeeded',  -- or 'failed', 'error', 'timeout'; 'started' as long as it is under way
+    attempts INTEGER NOT NULL DEFAULT 1,
+    payload TEXT,  -- as JSON; NULL where the key says it
+    error TEXT,  -- its class and what it says
+    usage TEXT  -- by unit, as JSON; NULL for nothing but its calls
+);
+CREATE TABLE IF NOT EXISTS sources (
+    name TEXT PRIMARY KEY,
+    counts TEXT,  -- what it did in all runs, as JSON; NULL since it was started over
+    state TEXT NOT NULL,  -- how far its limits, budgets and quotas are used, as JSON
+    saved_at REAL NOT NULL,  -- of the state: seconds since the epoch,
+    boot TEXT,  -- and of a clock that goes on until the system is started anew
+    clock REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS shared (  -- limits and quotas that sources share, or that live on beyond a run
+    name TEXT PRIMARY KEY,
+    state TEXT NOT NULL,  -- as JSON
+    saved_at REAL NOT NULL,
+    boot TEXT,
+    clock REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS runs (
+    id INTEGER PRIMARY KEY,
+    pid INTEGER NOT NULL,
+    started_at REAL NOT NULL,
+    ended_at REAL,  -- NULL where it was cut short
+    ended TEXT  -- 'done', or the reason for which it was stopped
+);
+CREATE TABLE IF NOT EXISTS facts (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+);
+"""
+
+STARTED: Final = "started"
+
+_LONGEST_KEY: Final = 64
+_PAGE: Final = 1024
+"""Tasks that are read ahead: a run that goes on asks for them in the order in which they were written."""
+
+_COLUMNS: Final = (
+    "id, key, source, value, started_at, duration, nullif(status, 'succeeded'), nullif(attempts, 1), error, usage"
+)
+"""What is read of a task; of most, that have succeeded at once, the last four are NULL."""
+_SCALARS: Final = frozenset({type(None), bool, int, float, str})
+_AT_ONCE: Final = 256
+"""Rows of one statement: each statement lets other threads go on, and to be back among them takes its time."""
+
+_FAILURES: Final = {status.value: status for status in TaskStatus if status.is_failure}
+_COUNTED: Final = ("calls", "retries", "throttled", "rerouted", "busy_seconds")
+
+Row = tuple[Any, ...]
+
+_scan: Final[Callable[[str, int], tuple[Any, int]]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 - as `json.loads`, in a third of the time, for text that we have written
+
+
+class Codec(Protocol):
+    """How values are stored: `json` is one, and so are `pickle` and most of their kin."""
+
+    def dumps(self, value: Any, /) -> str | bytes:
+        """Return what is stored of a value."""
+
+    def loads(self, stored: Any, /) -> Any:
+        """Return the value."""
+
+
+class _Json:
+    """Values as JSON."""
+
+    @staticmethod
+    def dumps(value: Any) -> str:
+        return _encode_value(value)
+
+    @staticmethod
+    def loads(stored: str) -> Any:
+        return json.loads(stored)
+
+
+class Journal(Single):
+    """Where a run is recorded, so that it can be gone on with.
+
+    Hand it to a TaskScheduler or a QueryExecutor, or their twins; the same call of `run` or `stream` then goes on where
+    the last one was cut short.  What was answered is not asked again: its result is among the others, with the value
+    that was stored.  What was in flight is asked again, its attempts count on; what failed is reported as it was.
+    Rates, windows, budgets, quotas and breakers go on as if the time that passed had passed in the run.
+
+    Args:
+        path: A file; made if it is not there.  Beside it SQLite keeps `-wal` and `-shm`, and processes hold `-lock`.
+        codec: Stores values: an object with `dumps` and `loads`, such as the module `pickle`.  None for JSON: a tuple
+            then comes back as a list, and the keys of a dict as text.
+        synchronous: "FULL": what was told survives a power cut; "NORMAL": the end of the process, whatever ends it.
+        fresh: Start over: what was answered is forgotten, and what runs may use in all is there again; rates, windows,
+            quotas and breakers stay.
+        retry_failed: Ask again what failed, from its first attempt on.
+
+    A task goes by its `key`; one without goes by its payload (in a hierarchy by its source, its level and its payload),
+    which is JSON, or made of data classes, enums, dates and the like.  Equal ones are counted, so each has a result of
+    its own.  A task without a stable form, and one whose value cannot be stored, is an ERROR; the run goes on.
+
+    For one run at a time, of one process.  Thread-safe.
+
+    Raises:
+        StorageError: Another process has it; the file is damaged, is something else or of a later version, cannot be
+            opened or written; nothing in it was changed.  By a run: what was answered cannot be stored any more, as on
+            a full disk.  The run ends with that; its report has only what was stored.
+
+    >>> import pathlib, tempfile
+    >>> from qengine import TaskScheduler
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "run.db")
+    >>> with Journal(path) as journal:
+    ...     first = TaskScheduler(str.upper, journal=journal).run(["a", "b"])
+    >>> with Journal(path) as journal:
+    ...     report = TaskScheduler(str.upper, journal=journal).run(["a", "b", "c"])
+    >>> report.values(), report.by_source["default"].recalled, report.by_source["default"].calls
+    (['A', 'B', 'C'], 2, 3)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        codec: Codec | None = None,
+        synchronous: str = "FULL",
+        fresh: bool = False,
+        retry_failed: bool = False,
+    ) -> None:
+        for method in () if codec is None else ("dumps", "loads"):
+            if not callable(getattr(codec, method, None)):
+                refuse_type("codec", codec, "an object with dumps and loads, such as the module pickle")
+        require_kind("fresh", fresh, bool)
+        require_kind("retry_failed", retry_failed, bool)
+        self.changes: list[str] = []
+        """What has changed since it was last written, in sentences: the plan, a policy, what was started over."""
+        self.retry_failed = retry_failed
+        self.codec: Codec = _Json() if codec is None else codec
+        self._in_use = Lock()
+        self._is_open = False
+        self.database = Database(path, SCHEMA, synchronous=synchronous)
+        if not self.database.claim(WRITER):
+            error = StorageError(f"{path} is the journal of a run that goes on, in {self._owner()}")
+            self.database.close()
+            raise error
+        self._is_open = True
+        try:
+            self.database.transact(self._fresh if fresh else self._begin)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> PurePath:
+        """The file."""
+        return self.database.path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_open", False):
+            self.close()
+
+    def close(self) -> None:
+        """Let others have it; harmless if it is closed."""
+        if self._is_open:
+            self._is_open = False
+            self.database.close()
+            self.database.yield_claim(WRITER)
+
+    def record(self, clock: Clock, facts: Facts) -> Recorder:
+        """Begin to record a run: for the engine."""
+        return Recorder(self, clock, facts)
+
+    def take(self) -> None:
+        """Begin to use it for a run.
+
+        Raises:
+            RuntimeError: It is closed, or another run uses it.
+        """
+        if not self._is_open:
+            raise RuntimeError(f"the journal {self.path} is closed")
+        if not self._in_use.acquire(False):
+            raise RuntimeError(f"the journal {self.path} is in use: it is for one run at a time")
+
+    def release(self) -> None:
+        """Use it no more."""
+        with suppress(RuntimeError):  # it was released before
+            self._in_use.release()
+
+    def said(self, change: str) -> None:
+        """Say that something has changed."""
+        self.changes.append(change)
+        _log.warning("%s: %s", self.path, change)
+
+    def _owner(self) -> str:
+        row = self.database.transact(lambda c: c.execute("SELECT value FROM facts WHERE name = 'pid'").fetchone())
+        return "a process" if row is None else f"process {row[0]}"
+
+    def _begin(self, connection: Any) -> None:
+        connection.execute("INSERT OR REPLACE INTO facts VALUES ('pid', ?)", (str(os.getpid()),))
+        codec = type(self.codec).__name__ if not hasattr(self.codec, "__name__") else self.codec.__name__
+        row = connection.execute("SELECT value FROM facts WHERE name = 'codec'").fetchone()
+        if row is not None and row[0] != codec and connection.execute("SELECT 1 FROM tasks LIMIT 1").fetchone():
+            raise StorageError(f"{self.path} was written by the codec {row[0]}, which {codec} cannot read")
+        connection.execute("INSERT OR REPLACE INTO facts VALUES ('codec', ?)", (codec,))
+
+    def _fresh(self, connection: Any) -> None:
+        (answered,) = connection.execute("SELECT count(*) FROM tasks").fetchone()
+        if answered:
+            self.said(f"started over: what was known of {answered} tasks is forgotten")
+        connection.execute("DELETE FROM tasks")
+        connection.execute("DELETE FROM runs")
+        connection.execute("DELETE FROM facts")
+        connection.execute("UPDATE sources SET counts = NULL")
+        self._begin(connection)
+
+    def __repr__(self) -> str:
+        return f"<Journal {str(self.path)!r}{'' if self._is_open else ', closed'}>"
+
+
+class Entry:
+    """What is known of a task: its row, if it has one, and what is to be written there."""
+
+    __slots__ = ("id", "is_recalled", "key", "payload", "value")
+
+    def __init__(self, key: str, payload: str | None) -> None:
+        self.id = 0
+        self.key = key
+        self.payload = payload
+        self.value: str | bytes | None = None
+        self.is_recalled = False
+
+
+_RECALLED: Final = Entry("", None)
+_RECALLED.is_recalled = True
+
+
+_loaded: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""Of which journals the state is in a gate, or in limits, that live on."""
+
+
+class Recorder:
+    """One run's use of its journal.
+
+    Args:
+        journal: Where it is recorded.
+        clock: The run's.
+        facts: What is run: what differs from last time is said.
+    """
+
+    def __init__(self, journal: Journal, clock: Clock, facts: Facts) -> None:
+        journal.take()
+        self.crew: Any = None
+        """That of the run; set before anything is called."""
+        self._journal = journal
+        self._database = journal.database
+        self._clock = clock
+        self._wall_offset = clock.wall_time() - clock.now()
+        self._boot = boot_token() if clock is SYSTEM_CLOCK else None
+        self._facts = facts
+        self._begun_at = clock.wall_time()
+        self._run: int | None = None
+        self._name = os.path.realpath(journal.path)
+        self._lanes: WeakValueDictionary[str, Lane] = WeakValueDictionary()
+        self._earlier: WeakKeyDictionary[Lane, dict[str, Any]] = WeakKeyDictionary()
+        self._codec = journal.codec
+        self._is_json = isinstance(journal.codec, _Json)
+        try:
+            last, said, shared = self._database.transact(self._read)
+        except BaseException:
+            journal.release()
+            raise
+        self.next_id = last + 1
+        """The number of the next new row."""
+        for change in () if said is None else facts.changes_since(said):
+            journal.said(change)
+        for key, (name, limits) in facts.limits.items():
+            if self._is_new(key) and name in shared:
+                state, *moment = shared[name]
+                limits.load(json.loads(state), *self._since(*moment), math.inf)
+        for account, name in facts.quotas.items():
+            if name in shared:
+                account.load(json.loads(shared[name][0]))
+        self._old = _Old(journal, last)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether there is something to be recalled."""
+        return self._old.left > 0
+
+    def release(self) -> None:
+        """Let go of the journal, at the end of the run."""
+        self._old.close()
+        self._journal.release()
+
+    @staticmethod
+    def _read(connection: Any) -> tuple[int, Said | None, dict[str, Row]]:
+        (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM tasks").fetchone()
+        said = connection.execute("SELECT value FROM facts WHERE name = 'said'").fetchone()
+        shared = {name: row for name, *row in connection.execute("SELECT * FROM shared")}
+        return last, None if said is None else json.loads(said[0]), shared
+
+    def _is_new(self, thing: Any) -> bool:
+        """Say whether the state of a gate, or of limits, is not known in this process; it is from now on."""
+        known = _loaded.setdefault(thing, set())
+        is_new = self._name not in known
+        known.add(self._name)
+        return is_new
+
+    def _since(self, saved_at: float, boot: str | None, clock: float) -> tuple[float, float]:
+        """Return the instant that it is, and the seconds since something was saved."""
+        now = self._clock.now()
+        same_boot = boot is not None and boot == self._boot
+        return now, max(0.0, now - clock if same_boot else self._clock.wall_time() - saved_at)
+
+    # ---- lanes -------------------------------------------------------------------------------------------------------
+
+    def adopt(self, lane: Lane, *, awaits: bool) -> None:
+        """Have a lane go on where it was, and its calls be known."""
+        self._lanes[lane.name] = lane
+        lane.is_kept = (
+            lane.gate.has_limits or lane.budget is not None or lane.purse is not None or lane.supply is not None
+        )
+        lane.call = self._awaited(lane, lane.call) if awaits else self._called(lane, lane.call)
+        row = self._database.transact(
+            lambda c: c.execute("SELECT * FROM sources WHERE name = ?", (lane.name,)).fetchone(), only_reads=True
+        )
+        is_new = self._is_new(lane.gate)
+        if row is None:
+            return
+        _, counts, state, *moment = row
+        dumped = json.loads(state)
+        if counts is not None:
+            earlier = self._earlier[lane] = json.loads(counts)
+            if lane.budget is not None:
+                lane.budget = max(0.0, lane.budget - earlier["calls"])
+            for budget, used in zip(_budgets(lane), dumped["used"], strict=False):
+                budget.load(used)
+        if is_new:
+            lane.gate.load(dumped["gate"], *self._since(*moment), lane.timeout)
+
+    def _called(self, lane: Lane, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return what calls a plain function."""
+
+        def call(payload: Any) -> Any:
+            is_kept = lane.is_kept
+            if is_kept or type(payload) not in _SCALARS:
+                attempt = self._attempt()
+                self.identify(attempt)
+                if is_kept:
+                    self.crew.begin(attempt)
+                    self._begun(attempt)
+            elif self.crew.is_behind:
+                self.crew.catch_up()
+            value = fn(payload)
+            if type(value) not in _SCALARS or not self._is_json:
+                self._store(value)
+            return value
+
+        return call
+
+    def _awaited(self, lane: Lane, fn: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        """Return what calls an async function."""
+
+        async def call(payload: Any) -> Any:
+            is_kept = lane.is_kept
+            if is_kept or type(payload) not in _SCALARS:
+                attempt = self._attempt()
+                self.identify(attempt)
+                if is_kept:
+                    await self.crew.begin(attempt)
+                    self._begun(attempt)
+            elif self.crew.is_behind:
+                await self.crew.catch_up()
+            value = await fn(payload)
+            if type(value) not in _SCALARS or not self._is_json:
+                self._store(value)
+            return value
+
+        return call
+
+    @staticmethod
+    def _attempt() -> Attempt:
+        found = current_worker()
+        assert found is not None
+        attempt: Attempt = found[0].work
+        return attempt
+
+    def _begun(self, attempt: Attempt) -> None:
+        """Begin a call that is known by now, unless nobody waits for it any more."""
+        if attempt.reason is not None:
+            raise GivenUp
+        attempt.started_at = self._clock.now()
+
+    def _store(self, value: Any) -> None:
+        """Have a value in the form in which it is stored.
+
+        Raises:
+            TypeError: It has none.
+        """
+        try:
+            stored = self._codec.dumps(value)
+            if isinstance(stored, str) and not stored.isascii():
+                stored.encode()
+        except Exception as error:
+            raise TypeError(f"the value cannot be stored in the journal: {error}") from error
+        if not isinstance(stored, (str, bytes)):
+            raise TypeError(f"the journal's codec made {type(stored).__name__} of the value, allowed is str or bytes")
+        self.identify(self._attempt()).value = stored
+
+    def identify(self, attempt: Attempt) -> Entry:
+        """Return what is known of a task, found out when first asked.
+
+        Raises:
+            TypeError: Its payload has no stable form.
+        """
+        entry: Entry | None = attempt.entry
+        if entry is None:
+            entry = attempt.entry = _entry_of(attempt)
+        return entry
+
+    # ---- what was known before ---------------------------------------------------------------------------------------
+
+    def recalled(self, arrived: Any) -> Any:
+        """Return what arrives for an input, with what is known of it; an awaitable where it was one."""
+        if not self._old.left:
+            return arrived
+        if type(arrived) is tuple:
+            return self._recalled_bare(*arrived) or arrived
+        if isinstance(arrived, Attempt):
+            self._recall(arrived)
+            return arrived
+        if hasattr(type(arrived), "__await__"):
+            return self._recalled_later(arrived)
+        return arrived
+
+    def _recalled_bare(self, lane: Lane, payload: Any) -> Attempt | Known | None:
+        """Return what is known of a bare payload, None for nothing; of most, in short."""
+        if type(payload) not in _SCALARS or not self._is_json:
+            attempt = Attempt(payload, None, lane)
+            return attempt if self._recall(attempt) else None
+        key, asked = _key_of(_of_scalar[type(payload)](payload))
+        row = self._old.take(key)
+        if row is None:
+            return None
+        _, _, source, value, started_at, duration, status, attempts, _, usage = row
+        if status is None and attempts is None and usage is None and source == lane.name:
+            try:
+                decoded = _scan(value, 0)[0]
+                return Known(lane, payload, decoded, started_at - self._wall_offset, duration, _RECALLED)
+            except (ValueError, StopIteration):  # not what we have written
+                pass
+        attempt = Attempt(payload, None, lane)
+        attempt.entry = Entry(key, asked)
+        self._fill_safely(attempt, attempt.entry, row)
+        return attempt
+
+    async def _recalled_later(self, arriving: Awaitable[Any]) -> Any:
+        return self.recalled(await arriving)
+
+    def _recall(self, attempt: Attempt) -> bool:
+        """Have a task know what is known of it; return whether something is."""
+        if attempt.outcome is not None or attempt.reason is not None:  # it is bad, or nobody's
+            return False
+        try:
+            entry = self.identify(attempt)
+        except Exception as error:  # the item is bad, not the run
+            attempt.outcome, attempt.status = Raised(error), TaskStatus.ERROR
+            return True
+        row = self._old.take(entry.key)
+        if row is not None:
+            self._fill_safely(attempt, entry, row)
+        return row is not None
+
+    def _fill_safely(self, attempt: Attempt, entry: Entry, row: Row) -> None:
+        try:
+            self._fill(attempt, entry, row)
+        except Exception as error:  # it cannot be read any more, and stays as it is
+            attempt.outcome, attempt.status = Raised(error), TaskStatus.ERROR
+            entry.is_recalled = True
+
+    def _fill(self, attempt: Attempt, entry: Entry, row: Row) -> None:
+        entry.id, _, source, value, started_at, duration, status, attempts, error, usage = row
+        attempts = 1 if attempts is None else attempts
+        failure = _FAILURES.get(status)
+        if failure is not None and self._journal.retry_failed:
+            return
+        attempt.number = attempts
+        attempt.started_at = (0.0 if started_at is None else started_at) - self._wall_offset
+        attempt.duration = duration or 0.0
+        if status == STARTED:
+            attempt.remember().is_resumed = attempts > 0
+            return
+        attempt.lane = self._lanes.get(source, attempt.lane)
+        if failure is None:
+            attempt.outcome = self._codec.loads(value)
+            attempt.status = TaskStatus.SUCCEEDED
+        else:
+            attempt.outcome = Raised(_error_of(failure, error))
+            attempt.status = failure
+        attempt.trail = None
+        attempt.is_plain = attempt.is_plain and attempts == 1 and usage is None and failure is None
+        if usage is not None:
+            trail = attempt.remember()
+            trail.used = json.loads(usage)
+            trail.uncounted = int(trail.used.pop("calls", attempts)) - attempts
+            trail.told = attempts + trail.uncounted
+        entry.is_recalled = True
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, outcomes: list[Any], starts: list[Attempt], ended: str | None) -> None:
+        """Commit what has come to pass, and what is about to begin; `ended` says that the run is over, and why."""
+        work = _Work(self, outcomes, starts)
+        if work.is_empty and ended is None:
+            return
+        self._database.transact(partial(self._write, work, ended))
+
+    def _write(self, work: _Work, ended: str | None, connection: Any) -> None:
+        if self._run is None:
+            self._run = self._enter(connection)
+        work.execute(connection)
+        moment = (self._clock.wall_time(), self._boot, self._clock.now())
+        saved = [(*self._state_of(lane, moment[2]), *moment) for lane in work.lanes]
+        connection.executemany("INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?)", saved)
+        shared = [(name, json.dumps(state), *moment) for name, state in self._shared(work.lanes, moment[2])]
+        connection.executemany("INSERT OR REPLACE INTO shared VALUES (?, ?, ?, ?, ?)", shared)
+        if ended is not None:
+            connection.execute(
+                "UPDATE runs SET ended_at = ?, ended = ? WHERE id = ?", (self._clock.wall_time(), ended, self._run)
+            )
+
+    def _enter(self, connection: Any) -> int:
+        connection.execute("INSERT OR REPLACE INTO facts VALUES ('said', ?)", (json.dumps(self._facts.said),))
+        added = connection.execute("INSERT INTO runs (pid, started_at) VALUES (?, ?)", (os.getpid(), self._begun_at))
+        number: int = added.lastrowid
+        return number
+
+    def wall(self, at: float) -> float:
+        """Return an instant of the run's clock in seconds since the epoch."""
+        return at + self._wall_offset
+
+    def stored(self, value: Any) -> str | bytes:
+        """Return the form of a value that was not stored before its task was over: a plain one."""
+        return _scalar(value) if self._is_json and type(value) in _SCALARS else self._codec.dumps(value)
+
+    def _state_of(self, lane: Lane, now: float) -> Row:
+        state = {"gate": lane.gate.dump(now), "used": [budget.dump() for budget in _budgets(lane)]}
+        counts = dict(self._earlier.get(lane, {}))
+        for name, counted in (("calls", lane.calls), ("busy_seconds", lane.busy_seconds)):
+            counts[name] = counts.get(name, 0) + counted
+        for name in ("retries", "throttled", "rerouted"):
+            counts[name] = counts.get(name, 0) + getattr(lane.stats, name)
+        counts["usage"] = dict(counts.get("usage", {}))
+        for unit, used in lane.used.items():
+            counts["usage"][unit] = counts["usage"].get(unit, 0.0) + used
+        return lane.name, json.dumps(counts), json.dumps(state)
+
+    def _shared(self, lanes: Iterable[Lane], now: float) -> Iterator[tuple[str, Any]]:
+        """Give the state of what these lanes share with others, by its name, each once."""
+        given: set[str] = set()
+        for lane in lanes:
+            for limits in lane.gate.lent:
+                name, _ = self._facts.limits.get(limits.key, ("", None))
+                if name and name not in given:
+                    given.add(name)
+                    yield name, limits.dump(now)
+            for account in () if lane.purse is None else lane.purse.allowances:
+                name = self._facts.quotas.get(account, "")
+                if name and name not in given and isinstance(account, Account):
+                    given.add(name)
+                    yield name, account.dump()
+
+    def with_earlier(self, report: SourceReport) -> SourceReport:
+        """Return a source's report with what it did in earlier runs; of the others that of all that have none here."""
+        whole = replace(report, usage=dict(report.usage), skipped=dict(report.skipped))
+        whole.times = report.times
+        lane = self._lanes.get(report.name)
+        if lane is not None:
+            _add_counts(whole, self._earlier.get(lane))
+        elif report.name == OTHERS:
+            for counter in _COUNTED:
+                setattr(whole, counter, 0)
+            whole.usage.clear()
+            for name, counts in self._database.transact(_all_counts, only_reads=True):
+                lane = self._lanes.get(name)
+                if counts is not None and (lane is None or not lane.joined):
+                    _add_counts(whole, json.loads(counts))
+        return whole
+
+
+class _Work:
+    """What one commit writes."""
+
+    def __init__(self, recorder: Recorder, outcomes: Iterable[Any], starts: Iterable[Attempt]) -> None:
+        self._recorder = recorder
+        self.lanes: dict[Lane, None] = {}
+        self._answers: list[Any] = []  # of tasks that have no row and were answered at once: field by field
+        self._asked: list[Row] = []  # likewise, where the key does not say the payload
+        self._rows: list[Row] = []
+        lanes = self.lanes
+        add, of_scalar, longest = self._answers.extend, _of_scalar, _LONGEST_KEY
+        offset, row_id = recorder.wall(0.0), recorder.next_id
+        for item in outcomes:
+            if type(item) is tuple:
+                _, (payload, value, name, started_at, duration), entry, lane = item
+                lanes[lane] = asked = None
+                if entry is None:
+                    key, stored = of_scalar[type(payload)](payload), of_scalar[type(value)](value)
+                    if len(key) > longest:
+                        key, asked = _key_of(key)
+                else:
+                    key, asked = entry.key, entry.payload
+                    stored = of_scalar[type(value)](value) if entry.value is None else entry.value
+                if asked is None:
+                    add((row_id, key, name, stored, started_at + offset, duration))
+                else:
+                    self._asked.append((row_id, key, name, stored, started_at + offset, duration, asked))
+                row_id += 1
+        recorder.next_id = row_id
+        for item in outcomes:
+            if type(item) is Tried:
+                self._tried(item.attempt, item.number)
+            elif isinstance(item, Attempt):
+                self._ended(item)
+        for attempt in starts:
+            self._tried(attempt, attempt.number)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to write."""
+        return not (self._answers or self._asked or self._rows)
+
+    def execute(self, connection: Any) -> None:
+        """Write it."""
+        answers, many = self._answers, 6 * _AT_ONCE
+        rest = len(answers) % many
+        for first in range(0, len(answers) - rest, many):
+            connection.execute(_ANSWER_MANY, answers[first : first + many])
+        for first in range(len(answers) - rest, len(answers), 6):
+            connection.execute(_ANSWER, answers[first : first + 6])
+        connection.executemany(_ANSWER_ASKED, self._asked)
+        connection.executemany(_REPLACE, self._rows)
+
+    def _tried(self, attempt: Attempt, number: int) -> None:
+        """A task is about to be tried, or was tried in vain so far."""
+        entry = self._entry(attempt)
+        at = self._recorder.wall(attempt.started_at)
+        self._row(entry, attempt.lane, None, at, None, STARTED, number, None, None)
+
+    def _ended(self, attempt: Attempt) -> None:
+        status = attempt.status
+        entry: Entry | None = attempt.entry
+        if status is None or not (status is TaskStatus.SUCCEEDED or status.is_failure):
+            if attempt.number:
+                self.lanes[attempt.lane] = None
+            return
+        if entry is not None and entry.is_recalled:
+            return
+        try:
+            entry = self._entry(attempt)
+        except TypeError:  # it has no stable form, and is asked again the next time
+            return
+        usage: dict[str, float] | None = attempt.usage
+        if usage == {"calls": attempt.attempts}:
+            usage = None
+        at, duration, value, error = None, None, None, None
+        if attempt.attempts:
+            at, duration = self._recorder.wall(attempt.started_at), attempt.duration
+        if status is TaskStatus.SUCCEEDED:
+            value = self._recorder.stored(attempt.outcome) if entry.value is None else entry.value
+            entry.value = None
+        else:
+            error = _said_by(attempt.outcome.error)
+        self._row(entry, attempt.lane, value, at, duration, status.value, attempt.attempts, error, usage)
+
+    def _entry(self, attempt: Attempt) -> Entry:
+        entry = self._recorder.identify(attempt)
+        if not entry.id:
+            entry.id = self._recorder.next_id
+            self._recorder.next_id += 1
+        return entry
+
+    def _row(
+        self,
+        entry: Entry,
+        lane: Lane,
+        value: str | bytes | None,
+        at: float | None,
+        duration: float | None,
+        status: str,
+        attempts: int,
+        error: str | None,
+        usage: Mapping[str, float] | None,
+    ) -> None:
+        self.lanes[lane] = None
+        used = None if usage is None else json.dumps(usage)
+        self._rows.append(
+            (entry.id, entry.key, lane.name, value, at, duration, status, attempts, entry.payload, error, used)
+        )
+
+
+_ANSWER: Final = "INSERT INTO tasks (id, key, source, value, started_at, duration) VALUES (?, ?, ?, ?, ?, ?)"
+_ANSWER_MANY: Final = _ANSWER + ", (?, ?, ?, ?, ?, ?)" * (_AT_ONCE - 1)
+_ANSWER_ASKED: Final = (
+    "INSERT INTO tasks (id, key, source, value, started_at, duration, payload) VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+_REPLACE: Final = "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+class _Old:
+    """The tasks that were known before the run, each to be taken once.  Thread-safe.
+
+    They are read by a connection of its own, so nobody waits for a commit, a page at a time in the order in which they
+    were written, in which they are mostly asked for again.
+    """
+
+    def __init__(self, journal: Journal, last: int) -> None:
+        self.left = 0
+        self._database: Database | None = None
+        self._journal = journal
+        self._has_index = False
+        self._last = last
+        self._read_to = 0
+        self._taken = bytearray(last // 8 + 1)
+        self._page: list[Row] = []
+        self._at = 0  # in the page, as long as they are asked for in its order
+        self._ahead: dict[str, Row] = {}  # those of pages of which another was asked for
+        self._lock = Lock()
+        if last:
+            self._database = Database(journal.path, "", read_only=True)
+            self.left = self._database.transact(lambda c: c.execute("SELECT count(*) FROM tasks").fetchone()[0])
+
+    def take(self, key: str) -> Row | None:
+        """Return a task of that key that was not taken yet, if there is one."""
+        with self._lock:
+            if self._database is None:
+                return None
+            row = self._next(key) or self._ahead.pop(key, None)
+            if row is None or not self._is_free(row):
+                row = self._find(key)
+            if row is not None:
+                self._taken[row[0] >> 3] |= 1 << (row[0] & 7)
+                self.left -= 1
+                if not self.left:
+                    self._close()
+            return row
+
+    def close(self) -> None:
+        """Take nothing more."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        self.left = 0
+        self._page, self._at = [], 0
+        self._ahead.clear()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _is_free(self, row: Row) -> bool:
+        return not self._taken[row[0] >> 3] & (1 << (row[0] & 7))
+
+    def _next(self, key: str) -> Row | None:
+        """Return the next one in the order in which they were written, if it is of that key; else put those aside."""
+        if self._at == len(self._page) and self._read_to < self._last and len(self._ahead) < _PAGE:
+            assert self._database is not None
+            sql = f"SELECT {_COLUMNS} FROM tasks WHERE id > ? AND id <= ? ORDER BY id LIMIT {_PAGE}"
+            self._page = self._database.transact(lambda c: c.execute(sql, (self._read_to, self._last)).fetchall())
+            self._read_to = self._page[-1][0] if self._page else self._last
+            self._at = 0
+        if self._at < len(self._page):
+            row = self._page[self._at]
+            if row[1] == key:
+                self._at += 1
+                return row
+            for other in self._page[self._at :]:
+                self._ahead.setdefault(other[1], other)
+            self._page, self._at = [], 0
+        return None
+
+    def _find(self, key: str) -> Row | None:
+        if not self._has_index:  # made when first needed: it would make each answer dearer
+            self._journal.database.transact(
+                lambda c: c.execute("CREATE INDEX IF NOT EXISTS tasks_by_key ON tasks (key)")
+            )
+            self._has_index = True
+        assert self._database is not None
+        sql = f"SELECT {_COLUMNS} FROM tasks WHERE key = ? AND id <= ? ORDER BY id"
+        rows = self._database.transact(lambda c: c.execute(sql, (key, self._last)).fetchall())
+        return next((row for row in rows if self._is_free(row)), None)
+
+
+def _budgets(lane: Lane) -> list[Budget]:
+    """Return the budgets of a lane, but for that of calls."""
+    return [] if lane.purse is None else [one for one in lane.purse.allowances if isinstance(one, Budget)]
+
+
+def _all_counts(connection: Any) -> list[Row]:
+    found: list[Row] = connection.execute("SELECT name, counts FROM sources").fetchall()
+    return found
+
+
+def _add_counts(report: SourceReport, counts: Mapping[str, Any] | None) -> None:
+    if counts is not None:
+        earlier = SourceReport(report.name, **counts)
+        report.add(earlier)
+
+
+# ---- keys and values as text -----------------------------------------------------------------------------------------
+
+
+def _stable(thing: Any) -> Any:
+    """Return what stands for something in a key that JSON does not know.
+
+    Raises:
+        TypeError: Nothing does that would be the same in another process.
+    """
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return [type(thing).__qualname__, *(getattr(thing, of.name) for of in fields(thing))]
+    if isinstance(thing, Enum):
+        return [type(thing).__qualname__, thing.name]
+    if isinstance(thing, (set, frozenset)):
+        return ["set", *sorted(map(_encode_key, thing))]
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    if isinstance(thing, (bytes, bytearray)):
+        return ["bytes", thing.hex()]
+    if isinstance(thing, (datetime, date, time_of_day)):
+        return [type(thing).__name__, thing.isoformat()]
+    if isinstance(thing, Decimal | UUID | PurePath):
+        return [type(thing).__name__, str(thing)]
+    raise TypeError(
+        f"{type(thing).__name__} has no form that is the same in another process: "
+        "give the task a key, or make its payload of plain values"
+    )
+
+
+def _with_text_keys(thing: Any) -> Any:
+    """Return a payload whose dicts have no other keys than text: JSON would make text of them."""
+    if isinstance(thing, dict):
+        plain = {key: _with_text_keys(value) for key, value in thing.items()}
+        if all(type(key) is str for key in plain):
+            return plain
+        return ["dict", *sorted((_encode_key(key), value) for key, value in plain.items())]
+    return [_with_text_keys(item) for item in thing] if isinstance(thing, (list, tuple)) else thing
+
+
+def _encoder(**options: Any) -> Callable[[Any], str]:
+    """Return what makes JSON, of text as it is unless a file could not hold that."""
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, **options).encode
+    escape = json.JSONEncoder(separators=(",", ":"), **options).encode
+
+    def encoded(value: Any) -> str:
+        text = encode(value)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair
+                return escape(value)
+        return text
+
+    return encoded
+
+
+_encode_key = _encoder(sort_keys=True, default=_stable)
+_encode_value = _encoder()
+
+_of_scalar: Final[dict[type, Callable[[Any], str]]] = {
+    int: int.__repr__,
+    str: _encode_value,
+    float: _encode_value,
+    bool: _encode_value,
+    type(None): _encode_value,
+}
+
+
+def _scalar(value: Any) -> str:
+    """Return a plain value as JSON."""
+    return _of_scalar[type(value)](value)
+
+
+def _key_of(text: str) -> tuple[str, str | None]:
+    """Return the key of a text, and the text where the key does not say it."""
+    if len(text) <= _LONGEST_KEY:
+        return text, None
+    return "#" + blake2b(text.encode("utf-8"), digest_size=16).hexdigest(), text
+
+
+def _entry_of(attempt: Attempt) -> Entry:
+    """Return a new entry of a task."""
+    task: Task[Any] | None = attempt.task
+    payload = attempt.payload if task is None else task.payload
+    if task is not None and task.key is not None:
+        key, _ = _key_of("=" + _encode_key(task.key))
+        try:
+            return Entry(key, _encode_key(_with_text_keys(payload)))
+        except TypeError:  # its key is enough
+            return Entry(key, None)
+    text = _encode_key(payload if type(payload) in _SCALARS else _with_text_keys(payload))
+    if not isinstance(task, Query):
+        return Entry(*_key_of(text))
+    key, _ = _key_of(f"{_encode_value([attempt.lane.name, task.level])}{text}")
+    return Entry(key, text)
+
+
+def _said_by(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
+
+
+def _error_of(status: TaskStatus, said: str | None) -> QEngineError:
+    """Return what stands for the error that a task had in another process."""
+    name, _, text = (said or "").partition(": ")
+    if status is TaskStatus.FAILED:
+        return TaskError(text)
+    return TaskTimeoutError(text) if status is TaskStatus.TIMEOUT else QEngineError(f"{name}: {text}")
