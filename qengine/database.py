@@ -39,6 +39,9 @@ BUSY_SECONDS: Final = 10.0
 WRITER: Final = 0
 """The number under which there is at most one process: that which writes the journal."""
 
+_LEAST: Final = 512
+"""Bytes of a file of ours, at the least."""
+
 _PROCESSES: Final = """
 CREATE TABLE IF NOT EXISTS processes (  -- all that have opened the file
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -185,6 +188,9 @@ class Database:
         """Open the file, and see that it is ours and whole."""
         if self._read_only and not self.path.exists():
             raise StorageError(f"cannot read {self.path}: it is not there")
+        with suppress(OSError):
+            if 0 < self.path.stat().st_size < _LEAST:  # which SQLite would take for an empty one
+                raise StorageError(f"cannot use {self.path}: it is no file of qengine's; nothing in it was changed")
         connection: sqlite3.Connection | None = None
         try:
             mode = "ro" if self._read_only else "rwc"

@@ -36,9 +36,9 @@ class Facts:
 
     def __init__(self) -> None:
         self.said: Said = {}
-        self.limits: dict[Any, tuple[str, Any]] = {}
-        """Live limits by what state they are: their names, and how the engine takes from them."""
-        self.quotas: dict[Any, str] = {}
+        self.limits: dict[Any, tuple[list[str], Any]] = {}
+        """Live limits by what state they are: a name for each that has them, and how the engine takes from them."""
+        self.quotas: dict[Any, list[str]] = {}
         """Quotas as the engine takes from them, with their names."""
 
     def say(self, name: str, what: str, words: str) -> None:
@@ -52,9 +52,10 @@ class Facts:
         for number, limit in enumerate(thing.limits):
             if not isinstance(limit, (RateLimit, Window)) and getattr(limit, "stored_line", None) is None:
                 limits = limit.as_limit_set()
-                self.limits.setdefault(limits.key, (f"{name}/limits/{number}", limits))
+                names, _ = self.limits.setdefault(limits.key, ([], limits))
+                names.append(f"{name}/limits/{number}")
         for number, quota in enumerate(check_quota("quota", thing.quota)):
-            self.quotas.setdefault(quota.as_account(), f"{name}/quota/{number}")
+            self.quotas.setdefault(quota.as_account(), []).append(f"{name}/quota/{number}")
 
     def changes_since(self, before: Said) -> Iterator[str]:
         """Say, sentence by sentence, what is not as it was."""

@@ -27,6 +27,7 @@ from decimal import Decimal
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import PurePath
 from threading import Lock
 from typing import Any, Final, Protocol, Self
@@ -333,13 +334,13 @@ class Recorder:
         """The number of the next new row."""
         for change in () if said is None else facts.changes_since(said):
             journal.said(change)
-        for key, (name, limits) in facts.limits.items():
-            if self._is_new(key) and name in shared:
-                state, *moment = shared[name]
+        for key, (names, limits) in facts.limits.items():
+            if self._is_new(key) and (saved := _latest(shared, names)) is not None:
+                state, *moment = saved
                 limits.load(json.loads(state), *self._since(*moment), math.inf)
-        for account, name in facts.quotas.items():
-            if name in shared:
-                account.load(json.loads(shared[name][0]))
+        for account, names in facts.quotas.items():
+            if (saved := _latest(shared, names)) is not None:
+                account.load(json.loads(saved[0]))
         self._old = _Old(journal, last)
 
     @property
@@ -575,6 +576,10 @@ class Recorder:
             return
         self._database.transact(partial(self._write, work, ended))
 
+    def has(self, item: Any) -> bool:
+        """Say whether an outcome was committed before, by another run."""
+        return isinstance(item, Attempt) and item.entry is not None and bool(item.entry.is_recalled)
+
     def _write(self, work: _Work, ended: str | None, connection: Any) -> None:
         if self._run is None:
             self._run = self._enter(connection)
@@ -616,19 +621,19 @@ class Recorder:
         return lane.name, json.dumps(counts), json.dumps(state)
 
     def _shared(self, lanes: Iterable[Lane], now: float) -> Iterator[tuple[str, Any]]:
-        """Give the state of what these lanes share with others, by its name, each once."""
+        """Give the state of what these lanes share with others, under each of its names, each once."""
         given: set[str] = set()
         for lane in lanes:
             for limits in lane.gate.lent:
-                name, _ = self._facts.limits.get(limits.key, ("", None))
-                if name and name not in given:
-                    given.add(name)
-                    yield name, limits.dump(now)
+                names, _ = self._facts.limits.get(limits.key, ([], None))
+                if given.isdisjoint(names):
+                    given.update(names)
+                    yield from zip(names, repeat(limits.dump(now)))
             for account in () if lane.purse is None else lane.purse.allowances:
-                name = self._facts.quotas.get(account, "")
-                if name and name not in given and isinstance(account, Account):
-                    given.add(name)
-                    yield name, account.dump()
+                names = self._facts.quotas.get(account, [])
+                if isinstance(account, Account) and given.isdisjoint(names):
+                    given.update(names)
+                    yield from zip(names, repeat(account.dump()))
 
     def with_earlier(self, report: SourceReport) -> SourceReport:
         """Return a source's report with what it did in earlier runs; of the others that of all that have none here."""
@@ -849,6 +854,11 @@ class _Old:
         sql = f"SELECT {_COLUMNS} FROM tasks WHERE key = ? AND id <= ? ORDER BY id"
         rows = self._database.transact(lambda c: c.execute(sql, (key, self._last)).fetchall())
         return next((row for row in rows if self._is_free(row)), None)
+
+
+def _latest(shared: Mapping[str, Row], names: Iterable[str]) -> Row | None:
+    """Return what was saved last under one of these names."""
+    return max((shared[name] for name in names if name in shared), key=lambda row: row[1], default=None)
 
 
 def _budgets(lane: Lane) -> list[Budget]:

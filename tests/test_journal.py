@@ -28,7 +28,6 @@ from typing import Any
 import pytest
 from contract_support import COROUTINES, PLAIN, WORLDS, Ran, World, breaches, most_in_any_window
 
-import qengine
 from qengine import (
     AsyncQueryExecutor,
     AsyncTaskScheduler,
@@ -37,6 +36,7 @@ from qengine import (
     Event,
     ExecutionPolicy,
     Journal,
+    QEngineError,
     Query,
     QueryExecutor,
     Quota,
@@ -90,7 +90,7 @@ class Lab:
     def instants(self) -> list[float]:
         return [at for _, at, _ in self.calls]
 
-    def script(self, payload: Any) -> Iterator[float]:
+    def script(self, payload: Any) -> Any:
         asked = payload.payload if isinstance(payload, Query) else payload
         self.calls.append((asked, self.world.now(), current_attempt().number))
         yield self.seconds
@@ -158,11 +158,13 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
 
 
 def policy(**fields: Any) -> ExecutionPolicy:
-    return ExecutionPolicy(**{"concurrency": 2, "stop": ABANDON} | fields)
+    given: dict[str, Any] = {"concurrency": 2, "stop": ABANDON} | fields
+    return ExecutionPolicy(**given)
 
 
 def routed(**fields: Any) -> ExecutionPolicy:
-    return ExecutionPolicy(**{"stop": ABANDON} | fields)
+    given: dict[str, Any] = {"stop": ABANDON} | fields
+    return ExecutionPolicy(**given)
 
 
 def values(ran: Ran) -> list[Any]:
@@ -224,7 +226,8 @@ def test_a_run_that_its_stop_conditions_ended_goes_on_without_them(lab: Lab, sto
     done = [result.task.payload for result in first.report.results if result.attempts and result.status.value in
             ("succeeded", "failed")]
     ran = lab.live(range(8), policy())
-    assert Counter(lab.asked) == Counter([*range(8), *(n for n in lab.asked[: len(first.of("start"))] if n not in done)])
+    in_flight = [n for n in lab.asked[: len(first.of("start"))] if n not in done]
+    assert Counter(lab.asked) == Counter([*range(8), *in_flight])
     assert [result.status.value for result in ran.report.results] == [
         "failed" if n == 3 and reason == "max_failures" else "succeeded" for n in range(8)
     ]
@@ -252,6 +255,10 @@ def test_results_that_are_recalled_are_results_of_the_run(lab: Lab) -> None:
     assert ran.report.stop_reason == "max_results"
 
 
+def report_of(error: Any) -> Any:
+    return error.report
+
+
 @pytest.mark.not_under_coverage
 def test_ctrl_c_loses_no_answer(tmp_path: Path) -> None:
     world: Any = WORLDS["threads"]()
@@ -268,7 +275,7 @@ def test_ctrl_c_loses_no_answer(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
         journal.close()
-    told = [result.task.payload for result in caught.value.report.results if result.status.value == "succeeded"]
+    told = [result.task.payload for result in report_of(caught.value).results if result.status.value == "succeeded"]
     stored = {json.loads(key) for key, in rows(lab.path, "SELECT key FROM tasks WHERE status = 'succeeded'")}
     assert told
     assert stored == set(told)
@@ -571,7 +578,7 @@ def test_what_failed_is_told_as_it_was(lab: Lab) -> None:
     ran = lab.live(range(4), slow)
     assert lab.calls == []
     assert ran.statuses == ["succeeded", "failed", "error", "timeout"]
-    assert [type(result.error) for result in ran.report.results[1:]] == [TaskError, qengine.QEngineError, TaskTimeoutError]
+    assert [type(result.error) for result in ran.report.results[1:]] == [TaskError, QEngineError, TaskTimeoutError]
     assert [str(result.error) for result in ran.report.results[1:3]] == ["no such thing", "KeyError: 'ä'"]
     assert [result.attempts for result in ran.report.results] == [1] * 4
     assert first.statuses == ran.statuses[:3]
@@ -640,7 +647,7 @@ def test_nothing_is_told_that_is_not_in_the_file(name: str, limits: list[Any], t
     world = WORLDS[name]()
     path, told, early = tmp_path / "run.db", Counter[str](), list[Any]()
 
-    def script(payload: int) -> Iterator[float]:
+    def script(payload: int) -> Any:
         yield 0.001
         if payload % 7 == 3:
             raise TaskError("no")
@@ -649,7 +656,7 @@ def test_nothing_is_told_that_is_not_in_the_file(name: str, limits: list[Any], t
     def listen(event: Event) -> None:
         if event.kind in ("answer", "result"):
             told[event.kind] += 1
-            if not is_stored(path, event.payload):
+            if not is_stored(path, event.index):       # which is its payload
                 early.append(event)
 
     def consume(result: Any) -> None:
@@ -689,7 +696,7 @@ def test_a_call_with_limits_is_in_the_file_before_it_is_made(lab: Lab) -> None:
 
 def test_a_task_that_went_to_another_source_is_recalled_as_that_sources(lab: Lab) -> None:
     def fetch_of(name: str) -> Any:
-        def script(payload: int) -> Iterator[float]:
+        def script(payload: int) -> Any:
             lab.calls.append(((name, payload), lab.world.now(), current_attempt().number))
             yield 1.0
             if name == "first" and payload % 2:
@@ -729,9 +736,7 @@ def test_answers_of_a_source_that_is_gone_stay(lab: Lab) -> None:
     ran = lab.live(range(4), routed(), sources=sources("c"))
     assert values(ran) == [[n] for n in range(4)]
     assert lab.asked == [0, 1, 2, 3]
-    print(lab.changes)
-    assert any("of a is gone" in change for change in lab.changes)
-    assert any("of c is new" in change for change in lab.changes)
+    assert lab.changes == ["c is new", "a is gone", "b is gone"]
 
 
 # ---- a hierarchy -----------------------------------------------------------------------------------------------------
@@ -839,7 +844,7 @@ def test_a_window_goes_on_and_what_was_in_flight_counts(lab: Lab) -> None:
     ran = lab.live(range(9), limited)
     assert ran.report.all_succeeded
     assert most_in_any_window(lab.instants, 10.0) == 3
-    assert lab.instants[3] <= 17.0, "a slot that was in flight counts no longer than if its answer came with the restart"
+    assert lab.instants[3] <= 17.0, "a slot that was in flight counts from the restart at the latest"
 
 
 def test_what_a_window_still_holds_counts_from_when_a_call_had_to_end(lab: Lab) -> None:
@@ -1017,6 +1022,24 @@ def test_limits_that_sources_share_go_on_as_the_last_of_them_left_them(lab: Lab)
     assert len(lab.calls) == 8, "nor do they count twice"
 
 
+@pytest.mark.parametrize("order", ["ba", "b", "xba"])
+@pytest.mark.parametrize("kind", ["limits", "quota"])
+def test_what_sources_share_goes_on_whichever_of_them_are_left(lab: Lab, order: str, kind: str) -> None:
+    def sources(names: str) -> Callable[[], list[Source]]:
+        def make() -> list[Source]:
+            now_fn, sleep_fn = lab.world.clock.now, lab.world.clock.sleep
+            shared: dict[str, Any] = {"quota": Quota(4, per=1000.0, now_fn=now_fn)} if kind == "quota" else {
+                "limits": [RateLimiter(Window(4, 1000.0), now_fn=now_fn, sleep_fn=sleep_fn)]
+            }
+            return [lab.source(name, **shared) for name in names]
+
+        return make
+
+    lab.live(range(3), routed(), sources=sources("ab"), route_by="cost")
+    lab.live(range(9), routed(), sources=sources(order), cut=50.0, route_by="cost")
+    assert len(lab.calls) == 4
+
+
 def test_a_source_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     source = lab.source("a", limits=[Window(6, 100.0)])
     for count in (1, 2, 4, 6, 8):
@@ -1059,10 +1082,11 @@ def test_another_limit_takes_over_what_was_taken_of_its_kind(lab: Lab) -> None:
     lab.live(range(3), policy(limits=[Window(3, 100.0)]))
     lab.live(range(9), policy(limits=[RateLimit(per_second=1.0), Window(4, 100.0)]), cut=50.0)
     assert len(lab.calls) == 4
-    assert lab.changes == [
+    (change,) = lab.changes
+    assert change == (
         "the limits of policy were [Window(limit=3, seconds=100.0)], "
         "and are [RateLimit(per_second=1.0), Window(limit=4, seconds=100.0)] now"
-    ]
+    )
 
 
 # ---- whose it is -----------------------------------------------------------------------------------------------------
@@ -1181,8 +1205,9 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None
     path = tmp_path / "run.db"
     with Journal(path) as journal:
         TaskScheduler(str, journal=journal).run([1])
-        said = subprocess.run([sys.executable, "-c", SECOND, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert said.stdout.startswith(f"StorageError {path} is the journal of a run that goes on, in process {os.getpid()}")
+        command = [sys.executable, "-c", SECOND, str(path)]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+        assert said.startswith(f"StorageError {path} is the journal of a run that goes on, in process {os.getpid()}")
         assert TaskScheduler(str, journal=journal).run([1]).by_source["default"].recalled == 1
 
 
@@ -1196,12 +1221,12 @@ def test_a_journal_that_was_dropped_is_free_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
-        (lambda path: TaskScheduler(str, journal="run.db"), TypeError, "journal is 'run.db' (str), allowed is a Journal"),
+        (lambda path: TaskScheduler(str, journal="run.db"), TypeError, "is 'run.db' (str), allowed is a Journal"),
         (lambda path: AsyncTaskScheduler(print, journal=7), TypeError, "journal is 7 (int), allowed is a Journal"),
         (lambda path: QueryExecutor([Source("a", list)], Places(), journal={}), TypeError, "allowed is a Journal"),
-        (lambda path: Journal(path, codec=str), TypeError, "allowed is an object with dumps and loads, such as the module pickle"),
+        (lambda path: Journal(path, codec=str), TypeError, "allowed is an object with dumps and loads"),
         (lambda path: Journal(path, codec="json"), TypeError, "codec is 'json' (str), allowed is an object with dumps"),
-        (lambda path: Journal(path, synchronous="off"), ValueError, "synchronous is 'off', allowed is 'FULL' or 'NORMAL'"),
+        (lambda path: Journal(path, synchronous="off"), ValueError, "is 'off', allowed is 'FULL' or 'NORMAL'"),
         (lambda path: Journal(path, fresh=1), TypeError, "fresh is 1 (int), allowed is a bool"),
         (lambda path: Journal(path, retry_failed="no"), TypeError, "retry_failed is 'no' (str), allowed is a bool"),
         (lambda path: Journal(b"run.db"), TypeError, "path is b'run.db' (bytes), allowed is the name of a file"),
@@ -1280,7 +1305,7 @@ def test_more_lanes_than_are_kept_count_in_all_lives(tmp_path: Path) -> None:
 
     def live(some: list[Any]) -> Any:
         with Journal(tmp_path / "run.db", synchronous="NORMAL") as journal:
-            scheduler = TaskScheduler(
+            scheduler: TaskScheduler[Any, Any] = TaskScheduler(
                 lambda pair: pair[1], ExecutionPolicy(concurrency=1), lane_by=lambda pair: pair[0], journal=journal
             )
             return scheduler.run(some)
@@ -1305,7 +1330,8 @@ class Workload:
         self.count = rng.randrange(5, 40)
         keyed = rng.random() < 0.3
         self.inputs = [self._input(number, keyed) for number in range(self.count)]
-        self.bad = {n: rng.choice([TaskError, KeyError, TransientError]) for n in range(self.count) if rng.random() < 0.15}
+        errors = [TaskError, KeyError, TransientError]
+        self.bad = {n: rng.choice(errors) for n in range(self.count) if rng.random() < 0.15}
         self.flaky = {n: rng.randrange(1, 3) for n in range(self.count) if rng.random() < 0.15}
         self.long = {n: rng.choice([0.0, 0.3, 1.0, 2.5]) for n in range(self.count)}
         self.limits: list[Any] = rng.choice([
@@ -1351,9 +1377,7 @@ class Workload:
 
 
 def shown(ran: Ran) -> list[Any]:
-    return [
-        (result.task.payload, result.status, result.value, result.source, result.attempts) for result in ran.report.results
-    ]
+    return [(result.task.payload, result.status, result.value, result.source) for result in ran.report.results]
 
 
 def live_through(seed: int, name: str, folder: Path, max_cuts: int) -> None:
@@ -1367,7 +1391,7 @@ def live_through(seed: int, name: str, folder: Path, max_cuts: int) -> None:
         each.answer = workload.answer
         each.seconds = 0.0
 
-        def script(payload: Any, each: Lab = each) -> Iterator[float]:
+        def script(payload: Any, each: Lab = each) -> Any:
             each.calls.append((workload.number(payload), each.world.now(), current_attempt().number))
             yield workload.long[workload.number(payload)]
             return workload.answer(payload)
@@ -1403,7 +1427,7 @@ def live_through(seed: int, name: str, folder: Path, max_cuts: int) -> None:
                     assert most_in_any_window(instants, limit.seconds - 1e-6) <= limit.limit
                 else:
                     assert breaches(instants, limit.rate, limit.burst) == []
-    assert [row[:4] for row in shown(ran)] == [row[:4] for row in shown(expected)]
+    assert shown(ran) == shown(expected)
     assert sum(of.calls for of in ran.report.by_source.values()) == len(lab.calls)
     assert ran.report.stop_reason is None
     assert len(lab.calls) <= len(alone.calls) + given_up, "what was in flight is asked once more"

@@ -1211,17 +1211,28 @@ class Run:
         self.fatal = self.fatal or error
         self.cancel("journal", now, "abandon")
 
-    def unsaved(self, items: Iterable[Any], reason: str) -> None:
-        """Note that some of the log could not be committed: those answers are none.  For a run that is over."""
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no call is under way."""
+        return not self._running
+
+    def unsaved(self, items: Iterable[Any], error: BaseException) -> None:
+        """Note that some of the log could not be committed: those results are none.  For a run that is over."""
+        self.fatal = self.fatal or error
+        self.stop_reason = self.stop_reason or "journal"
         for item in items:
             if isinstance(item, tuple) and not isinstance(item, Tried):
                 index, (payload, *_), _, lane = item
                 item = Attempt(payload, None, lane)
                 item.index, item.status, item.started_at, item.duration = index, SUCCEEDED, self.begun_at, 0.0
                 item.number = 1
-            if isinstance(item, Attempt) and item.status is SUCCEEDED:
-                item.status, item.outcome, item.reason = CANCELLED, None, reason
-                item.lane.success_count -= 1
+            if isinstance(item, Attempt) and item.status is not None and item.status not in (CANCELLED, SKIPPED):
+                if item.status is SUCCEEDED:
+                    item.outcome = None
+                    item.lane.success_count -= 1
+                else:
+                    item.lane.stats.failure_count -= 1
+                item.status, item.reason = CANCELLED, "not_committed"
                 item.lane.stats.cancelled_count += 1
                 if self.records is not None:
                     self.records[item.index] = item

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from ..core.lane import Attempt, Feed
 from ..core.run import Run
 from ..core.steps import Cancel, Raised, Wait
-from .calls import PLAIN_VALUES, check_value, pull, raised, set_current_worker
+from .calls import PLAIN_VALUES, GivenUp, check_value, pull, raised, set_current_worker
 from .clock import CanCancel, Clock, DriverThread
 from .commits import Commits
 from .crew import BUSY, CALLED, GONE, IDLE, Crew, Deliver, Work, Worker, look_again
@@ -378,7 +378,7 @@ class TaskCrew(Crew):
         self._keep(commits)
         await waiter
         if commits.error is not None:
-            raise commits.error
+            raise GivenUp from commits.error
 
     async def catch_up(self) -> None:
         """Wait until a journal has caught up."""
@@ -391,7 +391,7 @@ class TaskCrew(Crew):
     def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
         if self._in_turn:
             super()._see_to(commits, now, is_idle)
-        elif self._closing or (self._pending and (is_idle or now >= commits.due_at)):
+        elif self._closing or (self._pending and (now >= commits.due_at or (is_idle and self.run.is_quiet))):
             self._keep(commits)
         elif self._pending and not commits.is_watched:
             commits.watch()

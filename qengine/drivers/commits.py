@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from ..core.lane import Attempt
+from .calls import GivenUp
 
 PAUSE = 0.005
 """Seconds between two commits, where nobody waits for one and nothing else is to be done."""
@@ -30,6 +31,9 @@ class Writer(Protocol):
 
     def write(self, outcomes: list[Any], starts: list[Attempt], ended: str | None) -> None:
         """Commit what has come to pass, and what is about to begin; `ended` says that the run is over, and why."""
+
+    def has(self, item: Any) -> bool:
+        """Say whether an outcome was committed before, by another run."""
 
 
 Batch = tuple[list[Any], list[Attempt], str | None]
@@ -102,14 +106,14 @@ class Commits:
         """Wait until the start of an attempt is committed, and all that was there before it.
 
         Raises:
-            What the commit failed with.
+            GivenUp: It could not be.
         """
         self.starts.append(attempt)
         with self._lock:
             if attempt in self.starts:
                 self._commit(now_fn)
         if self.error is not None:
-            raise self.error
+            raise GivenUp from self.error
 
     def catch_up(self, now_fn: Callable[[], float]) -> None:
         """Wait until there is not so much to be committed any more."""
@@ -151,7 +155,11 @@ class Commits:
             for item in outcomes:
                 self.hand_out(item)
         else:
-            self.unsaved += outcomes
+            for item in outcomes:
+                if self._writer.has(item):
+                    self.hand_out(item)
+                else:
+                    self.unsaved.append(item)
         for _ in starts:
             self.starts.popleft()
         self.asks_at = -math.inf

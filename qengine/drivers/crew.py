@@ -21,6 +21,7 @@ from typing import Any
 from ..core.lane import Attempt, Feed
 from ..core.run import ON_EVENT, Run
 from ..core.steps import DONE, Cancel, Step
+from ..model import Event
 from .calls import tell_cancelled
 from .clock import SYSTEM_CLOCK, Clock
 from .commits import Commits
@@ -250,7 +251,7 @@ class Crew:
         if self._closing:
             self._close(commits)
         elif self._pending:
-            if now >= commits.due_at or (is_idle and commits.due_at < math.inf):
+            if now >= commits.due_at or (is_idle and self.run.is_quiet and commits.due_at < math.inf):
                 commits.commit(self._now_fn)
             if self._pending and not commits.is_watched:
                 commits.watch()
@@ -269,9 +270,11 @@ class Crew:
 
     def _closed(self, commits: Commits) -> None:
         try:
-            self.run.unsaved(commits.unsaved, "not_committed")
+            if commits.error is not None:
+                self.run.unsaved(commits.unsaved, commits.error)
             for item in commits.unsaved:
-                commits.hand_out(item)
+                if type(item) is not Event or item.kind != "result":  # it has another by now
+                    commits.hand_out(item)
             commits.hand_out(None)
         finally:
             self.over = True

@@ -27,10 +27,10 @@ def through_a_file(dumped: Any) -> Any:
     return json.loads(json.dumps(dumped))
 
 
-def gone_on(limits: LimitSet, at: float, *others: RateLimit | Window, now: float, longest: float = NO_TIMEOUT) -> LimitSet:
-    """Other limits, on a clock that started at 0 again, which shows `now` after `now` seconds."""
-    made = make_limits(*(others or DECLARED))
-    made.load(through_a_file(limits.dump(at)), now, now, longest)
+def gone_on(limits: LimitSet, at: float, now: float) -> LimitSet:
+    """Limits of the same policy, on a clock that started at 0 again, which shows `now` after `now` seconds."""
+    made = make_limits(*DECLARED)
+    made.load(through_a_file(limits.dump(at)), now, now, NO_TIMEOUT)
     return made
 
 
@@ -78,7 +78,9 @@ def filled(*instants: float, held: int = 0) -> Slots:
     return slots
 
 
-def loaded(slots: Slots, at: float, now: float, elapsed: float, longest: float = NO_TIMEOUT, into: Slots | None = None) -> Slots:
+def loaded(
+    slots: Slots, at: float, now: float, elapsed: float, longest: float = NO_TIMEOUT, into: Slots | None = None
+) -> Slots:
     dumped = through_a_file(THREE.dump(slots, at))
     return THREE.load(THREE.initial(now) if into is None else into, dumped, now, elapsed, longest)
 
@@ -127,7 +129,7 @@ def test_limits_that_are_gone_on_with_grant_what_they_would_have(seed: int) -> N
         now += rng.choice([0.0, 0.1, 1.0, 3.0])
         here.try_take(rng.choice([1, 1, 2]), now)
     elapsed = rng.choice([0.0, 0.5, 4.0, 30.0])
-    there = gone_on(here, now, now=elapsed)
+    there = gone_on(here, now, elapsed)
     for _ in range(40):
         elapsed += rng.choice([0.0, 0.1, 1.0, 3.0])
         amount = rng.choice([1, 2])
@@ -222,7 +224,9 @@ def test_a_breaker_that_was_half_open_sends_another_probe() -> None:
     assert there.breaker.state is BreakerState.CLOSED, "the one that had passed before counts"
 
 
-@pytest.mark.parametrize("policy", [BreakerPolicy(failures=4), BreakerPolicy(failures=None, failure_rate=0.5, min_calls=4)])
+@pytest.mark.parametrize(
+    "policy", [BreakerPolicy(failures=4), BreakerPolicy(failures=None, failure_rate=0.5, min_calls=4)]
+)
 def test_failures_count_on(policy: BreakerPolicy) -> None:
     here, there = both(policy)
     failed(here, 3, 0.0)
