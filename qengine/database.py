@@ -77,6 +77,7 @@ class Database:
         schema: The tables of whoever opens it, each made if it is not there.
         synchronous: "FULL": what is committed survives a power cut; "NORMAL": the end of the process, however it comes.
         read_only: Only look; then the file must be there.
+        is_checked: Whether this process has found it whole before.
 
     Raises:
         StorageError: It cannot be opened, is damaged, or is not ours; nothing was changed.
@@ -89,6 +90,7 @@ class Database:
         *,
         synchronous: str = "FULL",
         read_only: bool = False,
+        is_checked: bool = False,
     ) -> None:
         if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
             refuse_type("path", path, "the name of a file")
@@ -97,6 +99,8 @@ class Database:
         self._schema = schema
         self._synchronous = synchronous
         self._read_only = read_only
+        self._is_checked = is_checked
+        self._is_closed = False
         self._left_to_parent: list[object] = []
         self._connection: sqlite3.Connection | None
         self.start_afresh()
@@ -164,8 +168,9 @@ class Database:
         self._presence.let_go(number)
 
     def close(self) -> None:
-        """Close the connection; harmless if it is closed."""
+        """Close the connection, for good; harmless if it is closed."""
         with self._lock:
+            self._is_closed = True
             connection, self._connection = self._connection, None
             if self._process is not None:
                 self._presence.let_go(self._process)
@@ -182,6 +187,8 @@ class Database:
         return number
 
     def _opened(self) -> sqlite3.Connection:
+        if self._is_closed:
+            raise StorageError(f"cannot use {self.path}: it was closed")
         return self._connection or self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -232,9 +239,11 @@ class Database:
                 f"cannot use {self.path}: a later version of qengine has written it (tables of version {version}, "
                 f"known here are those up to {VERSION}); nothing in it was changed"
             )
-        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise StorageError(f"cannot use {self.path}: it is damaged ({found}); nothing in it was changed")
+        if not self._is_checked:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise StorageError(f"cannot use {self.path}: it is damaged ({found}); nothing in it was changed")
+            self._is_checked = True
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make what is missing, in one transaction, in the file itself: who reads only its header finds it ours."""

@@ -341,7 +341,8 @@ class Recorder:
         for account, names in facts.quotas.items():
             if (saved := _latest(shared, names)) is not None:
                 account.load(json.loads(saved[0]))
-        self._old = _Old(journal, last)
+        self._reader = Database(journal.path, "", read_only=True, is_checked=True)  # who reads waits for no commit
+        self._old = _Old(journal, self._reader, last)
 
     @property
     def recalls(self) -> bool:
@@ -351,6 +352,7 @@ class Recorder:
     def release(self) -> None:
         """Let go of the journal, at the end of the run."""
         self._old.close()
+        self._reader.close()
         self._journal.release()
 
     @staticmethod
@@ -382,8 +384,8 @@ class Recorder:
             lane.gate.has_limits or lane.budget is not None or lane.purse is not None or lane.supply is not None
         )
         lane.call = self._awaited(lane, lane.call) if awaits else self._called(lane, lane.call)
-        row = self._database.transact(
-            lambda c: c.execute("SELECT * FROM sources WHERE name = ?", (lane.name,)).fetchone(), only_reads=True
+        row = self._reader.transact(
+            lambda c: c.execute("SELECT * FROM sources WHERE name = ?", (lane.name,)).fetchone()
         )
         is_new = self._is_new(lane.gate)
         if row is None:
@@ -775,13 +777,11 @@ _REPLACE: Final = "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, 
 class _Old:
     """The tasks that were known before the run, each to be taken once.  Thread-safe.
 
-    They are read by a connection of its own, so nobody waits for a commit, a page at a time in the order in which they
-    were written, in which they are mostly asked for again.
+    They are read a page at a time in the order in which they were written, in which they are mostly asked for again.
     """
 
-    def __init__(self, journal: Journal, last: int) -> None:
-        self.left = 0
-        self._database: Database | None = None
+    def __init__(self, journal: Journal, reader: Database, last: int) -> None:
+        self._reader = reader
         self._journal = journal
         self._has_index = False
         self._last = last
@@ -791,14 +791,12 @@ class _Old:
         self._at = 0  # in the page, as long as they are asked for in its order
         self._ahead: dict[str, Row] = {}  # those of pages of which another was asked for
         self._lock = Lock()
-        if last:
-            self._database = Database(journal.path, "", read_only=True)
-            self.left = self._database.transact(lambda c: c.execute("SELECT count(*) FROM tasks").fetchone()[0])
+        self.left: int = reader.transact(lambda c: c.execute("SELECT count(*) FROM tasks").fetchone()[0])
 
     def take(self, key: str) -> Row | None:
         """Return a task of that key that was not taken yet, if there is one."""
         with self._lock:
-            if self._database is None:
+            if not self.left:
                 return None
             row = self._next(key) or self._ahead.pop(key, None)
             if row is None or not self._is_free(row):
@@ -807,21 +805,18 @@ class _Old:
                 self._taken[row[0] >> 3] |= 1 << (row[0] & 7)
                 self.left -= 1
                 if not self.left:
-                    self._close()
+                    self._forget()
             return row
 
     def close(self) -> None:
         """Take nothing more."""
         with self._lock:
-            self._close()
+            self._forget()
 
-    def _close(self) -> None:
+    def _forget(self) -> None:
         self.left = 0
         self._page, self._at = [], 0
         self._ahead.clear()
-        if self._database is not None:
-            self._database.close()
-            self._database = None
 
     def _is_free(self, row: Row) -> bool:
         return not self._taken[row[0] >> 3] & (1 << (row[0] & 7))
@@ -829,9 +824,8 @@ class _Old:
     def _next(self, key: str) -> Row | None:
         """Return the next one in the order in which they were written, if it is of that key; else put those aside."""
         if self._at == len(self._page) and self._read_to < self._last and len(self._ahead) < _PAGE:
-            assert self._database is not None
             sql = f"SELECT {_COLUMNS} FROM tasks WHERE id > ? AND id <= ? ORDER BY id LIMIT {_PAGE}"
-            self._page = self._database.transact(lambda c: c.execute(sql, (self._read_to, self._last)).fetchall())
+            self._page = self._reader.transact(lambda c: c.execute(sql, (self._read_to, self._last)).fetchall())
             self._read_to = self._page[-1][0] if self._page else self._last
             self._at = 0
         if self._at < len(self._page):
@@ -850,9 +844,8 @@ class _Old:
                 lambda c: c.execute("CREATE INDEX IF NOT EXISTS tasks_by_key ON tasks (key)")
             )
             self._has_index = True
-        assert self._database is not None
         sql = f"SELECT {_COLUMNS} FROM tasks WHERE key = ? AND id <= ? ORDER BY id"
-        rows = self._database.transact(lambda c: c.execute(sql, (key, self._last)).fetchall())
+        rows = self._reader.transact(lambda c: c.execute(sql, (key, self._last)).fetchall())
         return next((row for row in rows if self._is_free(row)), None)
 
 

@@ -156,7 +156,7 @@ class Commits:
                 self.hand_out(item)
         else:
             for item in outcomes:
-                if self._writer.has(item):
+                if self.error is not None and self._writer.has(item):
                     self.hand_out(item)
                 else:
                     self.unsaved.append(item)
