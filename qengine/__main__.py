@@ -14,8 +14,10 @@ def main() -> int:
     """Run the command line; return the exit code, also after a signal while it starts or ends."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        from .news.cli import main as run
-
+        if sys.argv[1:2] == ["show"]:  # which needs neither HTTP nor sources
+            from .news.show import main as run
+        else:
+            from .news.cli import main as run
         code = run()
     except KeyboardInterrupt:
         code = 130

@@ -4,8 +4,10 @@ Rules:
 
 - whatever is wrong with the command is said before anything starts, and exits with 2;
 - what is wrong is said in one line, and where to read on in the next, without a page of usage before them;
-- exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
-  never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after SIGTERM, with everything so far on disk;
+- exit codes: 0 done; 1 the articles, the report or the journal could not be written any more; 2 bad usage, or a file
+  that will not do; 3 done, but some source never answered; 4 stopped by --deadline; 130 after Ctrl-C and 143 after
+  SIGTERM, with everything so far on disk;
+- with --journal the same command goes on where it was cut short; nothing is thrown away without a word;
 - --simulate asks nobody, needs no key and writes no articles; it exits as the run that it is about would;
 - articles go to a file, everything else to stderr.
 """
@@ -23,10 +25,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
+from ..errors import StorageError
 from ..model import CancellationToken, CollectionReport
 from ..source import Source
+from .arguments import BAD_USAGE, Parser
 from .articles import read_articles
 from .collect import SIGNAL_EXIT_CODES, cancelled_by_signals, collect
 from .dates import ALWAYS, INDIA, Period, parse_duration
@@ -39,27 +43,34 @@ from .progress import Progress
 from .queries import QueryGenerator
 from .regions import StateUT, get_all_regions, get_region_by_name, get_region_by_slug
 from .server import Archive, NewsServer
-from .sources import SOURCES, SourceOptions, create_scheduler
+from .show import add_to as add_show
+from .show import show
+from .sources import SOURCES, SourceOptions, budget_by_day, create_scheduler
 from .summary import Tally, render, silent_sources, summarize
 from .terms import HEAT, Terms, load_terms
+
+if TYPE_CHECKING:  # loaded with the first journal
+    from .journal import CollectionJournal
 
 __all__ = ["main"]
 
 T = TypeVar("T")
 
-BROKEN, BAD_USAGE, SILENT_SOURCE, DEADLINE = 1, 2, 3, 4
+BROKEN, SILENT_SOURCE, DEADLINE = 1, 3, 4
 
-_CALL: Final = "python -m qengine"
 _ANY_KEY: Final = "loopback"  # what a server on loopback is shown where no key is set
 _LATENCY: Final = Latency(0.4, 1.2)
+_OF_A_JOURNAL: Final = ("journal", "fresh", "retry_failed")
 
 _EPILOG: Final = """\
 sources: google needs no key; newsdata and gnews take theirs from NEWSDATA_API_KEY and GNEWS_API_KEY.
 durations: 30s, 15m, 2h, 7d.
-exit codes: 0 done; 1 the articles or the report could not be written any more; 2 bad usage; 3 done, but some source
-never answered; 4 stopped by --deadline; 130 after Ctrl-C, 143 after SIGTERM, with everything so far on disk.
+exit codes: 0 done; 1 the articles or the report or the journal could not be written any more; 2 bad usage; 3 done, but
+some source never answered; 4 stopped by --deadline; 130 after Ctrl-C, 143 after SIGTERM, with everything so far on
+disk.
 --simulate needs no key, for it asks nobody; it writes no articles, and exits as the run itself would. Without --replay
 every state is assumed to be active.
+with --journal the caps of newsdata and gnews, 200 and 100 calls, are those of a day of UTC, else of a run.
 
 try it, without a key or the network:  python -m qengine collect --demo
 """
@@ -80,23 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help(sys.stderr)
             return BAD_USAGE
-        return _collect(arguments)
+        return show(arguments) if arguments.command == "show" else _collect(arguments)
     except SystemExit as exit:  # argparse has said what is wrong
         return int(exit.code or 0)
     except KeyboardInterrupt:
         return SIGNAL_EXIT_CODES["SIGINT"]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and where to read on, where argparse would print its usage first."""
-
-    def error(self, message: str) -> NoReturn:
-        command = self.prog.partition(" ")[2]
-        self.exit(BAD_USAGE, f"{self.prog}: error: {message}\nsee {' '.join(filter(None, (_CALL, command)))} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="qengine", description="Many calls against sources that limit you.")
+    parser = Parser(prog="qengine", description="Many calls against sources that limit you.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser(
         "collect",
@@ -109,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_where_to(command)
     _add_from(command)
     _add_how(command)
+    add_show(commands)
     return parser
 
 
@@ -134,6 +138,12 @@ def _add_where_to(command: argparse.ArgumentParser) -> None:
     add("--append", action="store_true", help="go on with --out if it exists")
     add("--report", type=_type(_file), metavar="FILE", help="what became of the run, as JSON")
     add("--quiet", action="store_true", help="no progress and no table")
+    add(
+        "--journal", type=_type(_file), metavar="FILE",
+        help="where it is recorded what was answered: the same command goes on where it was cut short",
+    )
+    add("--fresh", action="store_true", help="start over: forget what --journal knows")
+    add("--retry-failed", action="store_true", help="ask again what --journal knows to have failed")
 
 
 def _add_from(command: argparse.ArgumentParser) -> None:
@@ -259,9 +269,22 @@ class _Command:
         self.recording: _Recording | None = arguments.replay
         self._check_terms()
 
-    def plan(self) -> QueryGenerator:
+    def plan(self, period: Period) -> QueryGenerator:
         """What to ask."""
-        return QueryGenerator(self.terms, self._period())
+        return QueryGenerator(self.terms, period)
+
+    def period(self) -> Period:
+        """When."""
+        if self.arguments.since is not None:
+            return Period.since(self.arguments.since, datetime.now(UTC))
+        return self.arguments.date_range or ALWAYS
+
+    def when(self) -> str:
+        """When, in words that are the same for the same options."""
+        if self.arguments.since is not None:
+            return f"the last {self.arguments.since:g} s"
+        days: Period | None = self.arguments.date_range
+        return "any time" if days is None else f"{days.start} to {days.end}"
 
     def create(self, name: str, key: str | None, base_url: str | None = None, speed: float = 1.0) -> Source:
         """The source of that name."""
@@ -279,15 +302,20 @@ class _Command:
         named = [self.arguments.report, replayed, *others]
         paths = [Path(path).resolve() for path in named if path is not None]
         if len(set(paths)) < len(paths):
-            raise ValueError("--out, --report, --server-log and --replay must be different files")
+            raise ValueError("--out, --report, --journal, --server-log and --replay must be different files")
         if self.arguments.report is not None:
             check_report(self.arguments.report)
 
     def conclude(
-        self, report: CollectionReport[Any], out: Path | None, simulated: Mapping[str, Any] | None = None
+        self,
+        report: CollectionReport[Any],
+        out: Path | None,
+        simulated: Mapping[str, Any] | None = None,
+        *,
+        is_broken: bool = False,
     ) -> int:
         """Show the table, write the report, return the exit code."""
-        code = _exit_code(report)
+        code = BROKEN if is_broken else _exit_code(report, self.tally)
         summary = summarize(report, self.tally, code, simulated)
         if not self.arguments.quiet:
             written = "" if out is None else f"\nwritten to       {out}"
@@ -301,11 +329,6 @@ class _Command:
         if missing := sorted(needed - self.terms.languages):
             raise ValueError(f"the terms have none for {', '.join(missing)}, in which these states are asked")
 
-    def _period(self) -> Period:
-        if self.arguments.since is not None:
-            return Period.since(self.arguments.since, datetime.now(UTC))
-        return self.arguments.date_range or ALWAYS
-
 
 class _Collect(_Command):
     """The command, its arguments checked one by one; `run` does what they say."""
@@ -314,6 +337,8 @@ class _Collect(_Command):
         super().__init__(arguments)
         if simulating := _given(arguments, "latency", "seed"):
             raise ValueError(f"{', '.join(simulating)} without --simulate: real calls take the time they take")
+        if arguments.journal is None and (journalling := _given(arguments, *_OF_A_JOURNAL)):
+            raise ValueError(f"{', '.join(journalling)} without --journal: there is nothing to go on with")
         self.token = CancellationToken()
         self.urls: Mapping[str, str] = dict(arguments.base_url)
         self.has_server: bool = arguments.demo or self.recording is not None
@@ -326,23 +351,62 @@ class _Collect(_Command):
         """Collect; return the exit code."""
         with ExitStack() as stack:
             stack.enter_context(cancelled_by_signals(self.token))
-            out = stack.enter_context(ArticleFile(self.out, append=self.arguments.append))
-            server = self._start_server(stack)
+            journal = self._open_journal(stack)
+            goes_on = journal is not None and journal.is_begun and not self.arguments.fresh
+            append = self.arguments.append or goes_on or (journal is not None and _is_empty(self.out))
+            out = stack.enter_context(ArticleFile(self.out, append=append))
+            period = self.period() if journal is None else self._begin(journal, out)
+            server = self._start_server(stack, goes_on)
             sources = [self._create(name, server) for name in self.keys]
             progress = self._progress(sources, stack)
-            report = collect(
-                sources,
-                self.plan(),
-                self.regions,
-                out,
-                tally=self.tally,
-                under_asyncio=self.arguments.asyncio,
-                deadline=self.arguments.deadline,
-                cancel=self.token,
-                on_progress=None if progress is None else progress.result,
-                on_event=None if progress is None else progress.event,
-            )
+            report: CollectionReport[Any] | None = None
+            try:
+                report = collect(
+                    sources,
+                    self.plan(period),
+                    self.regions,
+                    out,
+                    tally=self.tally,
+                    under_asyncio=self.arguments.asyncio,
+                    deadline=self.arguments.deadline,
+                    cancel=self.token,
+                    on_progress=None if progress is None else progress.result,
+                    on_event=None if progress is None else progress.event,
+                    journal=journal,
+                )
+                if journal is not None:
+                    journal.end(report)
+            except StorageError as error:
+                report = report or getattr(error, "report", None)
+                if report is None:
+                    raise
+                _say(f"error: {error}")
+                return self.conclude(report, self.out, is_broken=True)
             return self.conclude(report, self.out)
+
+    def _open_journal(self, stack: ExitStack) -> CollectionJournal | None:
+        if self.arguments.journal is None:
+            return None
+        from .journal import CollectionJournal
+
+        return stack.enter_context(
+            CollectionJournal(self.arguments.journal, _say, retry_failed=self.arguments.retry_failed)
+        )
+
+    def _begin(self, journal: CollectionJournal, out: ArticleFile) -> Period:
+        """Say how far the journal is, or start it over; return the period that it is about."""
+        from .journal import Asked
+
+        if self.arguments.fresh:
+            journal.start_over()
+        elif journal.is_begun:
+            _say(f"going on with {journal.path}: {journal.progress}")
+        states = tuple(region.slug for region in self.regions)
+        asked = Asked(states, tuple(self.keys), self.terms, self.when(), self.period())
+        period, before = journal.begin(asked, out.path, out.held)
+        out.own_from(before)
+        self.tally.answered = journal.answered
+        return period
 
     def _keys(self) -> Mapping[str, str | None]:
         """The sources to be asked, with their keys; one whose key is missing is left out."""
@@ -382,23 +446,24 @@ class _Collect(_Command):
         log = self.arguments.server_log
         if log is not None and not self.has_server:
             raise ValueError("--server-log is for the server of --replay or --demo")
-        self.check_files(self.out, log)
+        self.check_files(self.out, log, self.arguments.journal)
         if log is not None:
             check_writable(log)
 
-    def _start_server(self, stack: ExitStack) -> NewsServer | None:
+    def _start_server(self, stack: ExitStack, goes_on: bool) -> NewsServer | None:
         if not self.has_server:
             return None
         articles: Iterable[Article] = (
             demo_articles(datetime.now(INDIA).date()) if self.recording is None else self.recording.articles
         )
         faults = DEMO_FAULTS if self.arguments.demo else {}
-        log = self.arguments.server_log and stack.enter_context(_open_log(self.arguments.server_log))
+        log = self.arguments.server_log and stack.enter_context(_open_log(self.arguments.server_log, goes_on))
         return stack.enter_context(NewsServer(articles, speed=self.speed, log=log, faults=faults))
 
     def _create(self, name: str, server: NewsServer | None) -> Source:
         url = self.urls.get(name) or (server.url(name) if server is not None else None)
-        return self.create(name, self.keys[name], url, self.speed)
+        source = self.create(name, self.keys[name], url, self.speed)
+        return source if self.arguments.journal is None else budget_by_day(source)
 
     def _progress(self, sources: Sequence[Source], stack: ExitStack) -> Progress | None:
         if self.arguments.quiet:
@@ -411,7 +476,7 @@ class _Simulate(_Command):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__(arguments)
-        if refused := _given(arguments, "demo", "base_url", "speed", "server_log", "out", "append"):
+        if refused := _given(arguments, "demo", "base_url", "speed", "server_log", "out", "append", *_OF_A_JOURNAL):
             raise ValueError(
                 f"--simulate with {', '.join(refused)}: it asks nobody, goes by the real rates and writes no articles"
             )
@@ -424,7 +489,7 @@ class _Simulate(_Command):
         recording = self.recording
         report = Forecast(latency, seed, None if recording is None else Archive(recording.articles)).run(
             [self.create(name, _ANY_KEY) for name in self.names],
-            self.plan(),
+            self.plan(self.period()),
             self.regions,
             tally=self.tally,
             deadline=self.arguments.deadline,
@@ -446,7 +511,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
 def _collect(arguments: argparse.Namespace) -> int:
     try:
         return (_Simulate if arguments.simulate else _Collect)(arguments).run()
-    except ValueError as error:
+    except (ValueError, StorageError) as error:
         _say(f"error: {error}")
         return BAD_USAGE
     except OSError as error:  # a full disk, a folder that went away
@@ -454,17 +519,22 @@ def _collect(arguments: argparse.Namespace) -> int:
         return BROKEN
 
 
-def _exit_code(report: CollectionReport[Any]) -> int:
+def _exit_code(report: CollectionReport[Any], tally: Tally) -> int:
     reason = report.stop_reason
     if reason in SIGNAL_EXIT_CODES:
         return SIGNAL_EXIT_CODES[reason]
     if reason == "timeout":
         return DEADLINE
-    return SILENT_SOURCE if silent_sources(report) else 0
+    return SILENT_SOURCE if silent_sources(report, tally) else 0
 
 
-def _open_log(path: str) -> TextIO:
-    return open(path, "w", encoding="utf-8", errors="replace")
+def _open_log(path: str, goes_on: bool) -> TextIO:
+    return open(path, "a" if goes_on else "w", encoding="utf-8", errors="replace")
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether there is a file with nothing in it: a collection that was cut short as it began has left it."""
+    return path.is_file() and not path.stat().st_size
 
 
 def _say(text: str, prefix: str = "qengine collect: ") -> None:

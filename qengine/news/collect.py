@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..model import CancellationToken, CollectionReport, Event, QueryResult
 from ..policy import StopConditions
@@ -27,6 +27,9 @@ from .queries import NewsQuery, QueryGenerator
 from .regions import StateUT
 from .sources import for_asyncio
 from .summary import Tally
+
+if TYPE_CHECKING:  # only for those who have one
+    from ..journal import Journal
 
 __all__ = ["SIGNAL_EXIT_CODES", "Shelf", "cancelled_by_signals", "collect", "stop_conditions", "take"]
 
@@ -55,6 +58,7 @@ def collect(
     cancel: CancellationToken | None = None,
     on_progress: Callable[[], object] | None = None,
     on_event: Callable[[Event], object] | None = None,
+    journal: Journal | None = None,
 ) -> CollectionReport[NewsQuery]:
     """Ask every source about every region, and about the districts of those that are active.
 
@@ -67,6 +71,10 @@ def collect(
         cancel: Ends the run in order when it is cancelled.
         on_progress: Called after each result.
         on_event: Called with each Event of the engine, in any thread, one at a time.
+        journal: Records it; what is known there is not asked again, and counts as if it had been found now.
+
+    Raises:
+        StorageError: The journal can be written no more; its `report` is of what was stored.
     """
 
     def took(result: Any) -> None:
@@ -76,7 +84,8 @@ def collect(
 
     run = _under_asyncio if under_asyncio else _by_threads
     report: CollectionReport[NewsQuery] = run(
-        sources, regions, cancel, took, plan=plan, stop=stop_conditions(deadline), on_event=on_event
+        sources, regions, cancel, took, plan=plan, stop=stop_conditions(deadline), on_event=on_event,
+        journal=journal,
     )
     return report
 

@@ -40,7 +40,10 @@ class ArticleFile:
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
         self.path = Path(path)
-        self._seen = _resume(self.path) if append and self.path.exists() else set()
+        held = _resume(self.path) if append and self.path.exists() else []
+        self._held = [(article["state"], article["url"], str(article.get("found_by"))) for article in held]
+        self._seen = {(state, url) for state, url, _ in self._held}
+        self._own: set[tuple[str, str, str]] = set()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
             self._file = os.open(self.path, flags if append else flags | os.O_EXCL, 0o666)
@@ -57,10 +60,25 @@ class ArticleFile:
     ) -> None:
         os.close(self._file)
 
+    @property
+    def held(self) -> int:
+        """How many articles were in it when it was opened."""
+        return len(self._held)
+
+    def own_from(self, number: int) -> None:
+        """Count those it held, but for the first so many, as new when they are added: they are of this collection."""
+        self._own = set(self._held[number:])
+
     def add(self, article: ArticleRef) -> bool:
-        """Write the article, unless its URL is there for its state; return whether it was new."""
+        """Write the article, unless its URL is there for its state; return whether it is new.
+
+        One that was written when the same collection was begun is new as found by the source that it was written for.
+        """
         if article.identity in self._seen:
-            return False
+            known = (*article.identity, article.found_by)
+            is_own = known in self._own
+            self._own.discard(known)
+            return is_own
         line = article.to_line().encode("utf-8", "replace")  # a lone surrogate from a source must not end the run
         while line:
             line = line[os.write(self._file, line) :]
@@ -98,7 +116,7 @@ def _part(path: str | Path) -> Path:
     return Path(path).with_name(f".{Path(path).name}.part")
 
 
-def _resume(path: Path) -> set[tuple[str, str]]:
+def _resume(path: Path) -> list[Mapping[str, Any]]:
     """What the file holds, after mending its end; untouched unless all of it is articles of ours."""
     try:
         content = path.read_bytes()
@@ -108,7 +126,7 @@ def _resume(path: Path) -> set[tuple[str, str]]:
             articles += _mend(path, last, whole, follows=bool(articles))
     except OSError as error:
         raise ValueError(f"cannot append to {path}: {error.strerror}") from error
-    return {(article["state"], article["url"]) for article in articles}
+    return articles
 
 
 def _mend(path: Path, last: bytes, at: int, *, follows: bool) -> list[Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from ..drivers.handover import in_thread
 from ..errors import RateLimitError, TaskError, TransientError, require_positive
 from ..model import Query
 from ..policy import BreakerPolicy, Limit, RateLimit, RetryPolicy, Window
+from ..quota import Quota
 from ..source import Source
 from . import http
 from .articles import ArticleRef, mentioned_district
@@ -42,6 +43,7 @@ __all__ = [
     "SOURCES",
     "NewsSource",
     "SourceOptions",
+    "budget_by_day",
     "create_gnews_scheduler",
     "create_google_scheduler",
     "create_newsdata_scheduler",
@@ -287,6 +289,17 @@ def for_asyncio(source: Source) -> Source:
     """
     twin = copy(source)
     twin.fetch = cast(Any, in_thread(source.fetch))  # Source takes both kinds of function, its annotation only one
+    return twin
+
+
+def budget_by_day(source: Source) -> Source:
+    """The same source with its budget of a run as one of each day: with a journal a run may be of several days.
+
+    A day is one of UTC.  The two share what they have used of their limits, and their breaker.
+    """
+    twin = copy(source)
+    if isinstance(source.budget, int):
+        twin.budget, twin.quota = None, Quota(source.budget, per="day")
     return twin
 
 

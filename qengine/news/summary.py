@@ -17,7 +17,7 @@ from .dates import INDIA
 from .queries import NewsQuery
 from .regions import StateUT
 
-__all__ = ["Tally", "render", "silent_sources", "summarize"]
+__all__ = ["Tally", "aligned", "render", "silent_sources", "stamp", "summarize"]
 
 _MOST_LINES: Final = 8
 
@@ -30,10 +30,12 @@ _COLUMNS: Final = (
 class Tally:
     """Counts what the engine does not know: articles, districts, and why calls failed.
 
-    `failed`, `last_failure` and `articles` may be used from any thread, the rest from one.
+    `failed`, `last_failure` and `articles` may be used from any thread, the rest from one.  `answered` are the sources
+    that are known to have answered before.
     """
 
     def __init__(self) -> None:
+        self.answered: frozenset[str] = frozenset()
         self.found: dict[str, set[tuple[str, str]]] = {}
         self.new: Counter[str] = Counter()
         self.districts: set[tuple[str, str]] = set()
@@ -86,9 +88,13 @@ class Tally:
             return [(source, error, count) for (source, error), count in self._failed.most_common()]
 
 
-def silent_sources(report: CollectionReport[Any]) -> list[str]:
+def silent_sources(report: CollectionReport[Any], tally: Tally) -> list[str]:
     """The sources that were called and never answered."""
-    return [name for name, source in report.by_source.items() if source.calls and not source.success_count]
+    return [
+        name
+        for name, source in report.by_source.items()
+        if source.calls and not source.success_count and name not in tally.answered
+    ]
 
 
 def summarize(
@@ -111,9 +117,9 @@ def summarize(
         "articles": tally.articles if knows_articles else None,
         "stop_reason": report.stop_reason,
         "exit_code": exit_code,
-        "silent_sources": silent_sources(report),
+        "silent_sources": silent_sources(report, tally),
         "simulated": simulated,
-        "started_at": _stamp(report.started_at) if simulated is None else None,
+        "started_at": stamp(report.started_at) if simulated is None else None,
         "seconds": round(report.makespan, 3),
         "failed_calls": [
             {"source": source, "error": error, "calls": count} for source, error, count in tally.failed_calls()
@@ -125,7 +131,7 @@ def summarize(
 def render(summary: Mapping[str, Any]) -> str:
     """The table, and the lines below it."""
     rows = [_COLUMNS, *(_row(name, source) for name, source in summary["sources"].items())]
-    lines = [*_aligned(rows), ""]
+    lines = [*aligned(rows), ""]
     lines += [f"states active    {summary['states_active']}", f"districts asked  {summary['districts_asked']}"]
     lines += [f"articles         {_count(summary['articles'])}", f"makespan         {_seconds(summary['seconds'])}"]
     lines += [f"stopped          {summary['stop_reason'] or 'at its end'}"]
@@ -179,13 +185,13 @@ def _assumed(simulated: Mapping[str, Any]) -> str:
     return f"calls take {seconds} s (seed {simulated['seed']}); {found}; nobody was asked"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """The rows with their columns in line: words to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """The rows, of which the first names the columns, with these in line: words to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (
             cell.ljust(width) if name in _WORDS else cell.rjust(width)
-            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+            for name, cell, width in zip(rows[0], row, widths, strict=True)
         )
         yield "  ".join(cells).rstrip()
 
@@ -195,7 +201,8 @@ def _shortened(lines: list[str]) -> list[str]:
     return lines if rest <= 0 else [*lines[:_MOST_LINES], f"                 and {rest} more like these"]
 
 
-def _stamp(seconds: float) -> str:
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as a time in India."""
     return datetime.fromtimestamp(seconds, INDIA).isoformat(timespec="seconds")
 
 

@@ -113,5 +113,8 @@ def test_a_forecast_from_no_articles_counts_none(tally: Tally) -> None:
 
 
 def test_a_source_that_was_never_called_is_not_silent() -> None:
-    assert silent_sources(report()) == ["newsdata"]
-    assert silent_sources(report(by_source={"gnews": SourceReport("gnews", skipped={"unsupported": 9})})) == []
+    tally = Tally()
+    assert silent_sources(report(), tally) == ["newsdata"]
+    assert silent_sources(report(by_source={"gnews": SourceReport("gnews", skipped={"unsupported": 9})}), tally) == []
+    tally.answered = frozenset({"newsdata"})        # before
+    assert silent_sources(report(), tally) == []
