@@ -1,4 +1,4 @@
-"""What a journal costs: a task, a call that must be known before it is made, and a million answers that are gone on with.
+"""What a journal costs: a task, a call that must be known before it is made, a million answers to go on with.
 
     python benchmarks/journal.py [--tasks N] [--rounds N] [--quick] [--check]
 
@@ -42,6 +42,7 @@ from _harness import Verdict, at_most, bounds_table, machine, table
 from qengine import AsyncTaskScheduler, ExecutionPolicy, Journal, RateLimit, TaskScheduler
 
 THREADS, ASYNCIO = "threads", "asyncio"
+REWRITTEN = "JSON rewritten"
 MODES = ("NORMAL", "FULL")
 TASK_BOUNDS = {"NORMAL": 4.0, "FULL": 6.0}      # us a task more than without a journal
 START_BOUND = 5.0       # seconds
@@ -101,7 +102,8 @@ def in_a_loop(journal: Journal | None, count: int, policy: ExecutionPolicy, fn: 
 
 RUNS: dict[str, Callable[..., int]] = {THREADS: in_threads, ASYNCIO: in_a_loop}
 FUNCTIONS: dict[tuple[str, str], Any] = {
-    (THREADS, "int"): work, (ASYNCIO, "int"): work_async, (THREADS, "dict"): work_dict, (ASYNCIO, "dict"): work_dict_async,
+    (THREADS, "int"): work, (ASYNCIO, "int"): work_async,
+    (THREADS, "dict"): work_dict, (ASYNCIO, "dict"): work_dict_async,
 }
 
 
@@ -211,7 +213,7 @@ def show_limits(size: Size, folder: Path) -> list[Verdict]:
                 turns[name] = partial(turn, files, mode, world, size.calls, policy, "int", False)
                 counts[name] = size.calls
         if mode is not None:
-            for what, run, count in (("SQLite by hand", by_hand, size.calls), ("JSON rewritten", rewritten, size.rewrites)):
+            for what, run, count in (("SQLite by hand", by_hand, size.calls), (REWRITTEN, rewritten, size.rewrites)):
                 turns[f"{what} {mode}"], counts[f"{what} {mode}"] = partial(run, files, mode, count), count
     best = both_minima(turns, size.rounds)
     each = {name: seconds[0] / counts[name] * 1e6 for name, seconds in best.items()}
@@ -220,8 +222,9 @@ def show_limits(size: Size, folder: Path) -> list[Verdict]:
         without = each.get(f"{name} None")
         known = [each[f"{name} {mode}"] for mode in MODES]
         cells = ["-" if without is None else f"{without:.1f}", *(f"{us - (without or 0.0):.1f}" for us in known)]
-        rows.append([name if "JSON" not in name else f"{name} ({size.rewrites:,})", *cells])
-    print(table([f"2  {size.calls:,} calls, us each", "without", *(f"{mode} more" for mode in MODES)], rows), end="\n\n")
+        rows.append([f"{name}, {size.rewrites:,}" if name == REWRITTEN else name, *cells])
+    head = [f"2  {size.calls:,} calls, us each", "without", *(f"{mode} more" for mode in MODES)]
+    print(table(head, rows), end="\n\n", flush=True)
     return []
 
 
@@ -263,7 +266,8 @@ def show_resume(size: Size, folder: Path) -> list[Verdict]:
         shutil.copy(path, copy)
         arguments = json.dumps([str(copy), size.answered, way == "stream"])
         command = [sys.executable, str(Path(__file__).resolve()), "--resume", arguments]
-        opened, seconds, memory = told[way] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        said = subprocess.run(command, check=True, capture_output=True).stdout
+        opened, seconds, memory = told[way] = json.loads(said)
         begun = perf_counter()
         in_threads(None, size.answered, ExecutionPolicy(), work, way == "stream")
         rows.append([way, f"{opened:.2f}", f"{seconds:.2f}", f"{perf_counter() - begun:.2f}", f"{memory:.1f}"])

@@ -218,10 +218,10 @@ class _AsyncFace(Reporting):
             session.conclude()
         except BaseException as error:
             await _abort(session, "interrupted")
-            self.last_report = session.report(session.results(self.in_order(records)))
+            self.last_report = session.report(session.results(self.in_order(session.kept(records))))
             attach_report(error, self.last_report)
             raise
-        report = self.last_report = session.report(session.results(self.in_order(records)))
+        report = self.last_report = session.report(session.results(self.in_order(session.kept(records))))
         session.raise_if_ended_by_error(report)
         return report
 

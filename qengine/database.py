@@ -7,6 +7,7 @@ system takes from it at its end, however that comes; its number is never given t
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import sys
@@ -95,12 +96,12 @@ class Database:
         if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
             refuse_type("path", path, "the name of a file")
         require_choice("synchronous", synchronous, ("FULL", "NORMAL"))
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # it is opened again by that, wherever the process is by then
         self._schema = schema
         self._synchronous = synchronous
         self._read_only = read_only
         self._is_checked = is_checked
-        self._is_closed = False
+        self._is_shut = False
         self._left_to_parent: list[object] = []
         self._connection: sqlite3.Connection | None
         self.start_afresh()
@@ -168,9 +169,8 @@ class Database:
         self._presence.let_go(number)
 
     def close(self) -> None:
-        """Close the connection, for good; harmless if it is closed."""
+        """Close the connection until it is used again; harmless if it is closed."""
         with self._lock:
-            self._is_closed = True
             connection, self._connection = self._connection, None
             if self._process is not None:
                 self._presence.let_go(self._process)
@@ -178,6 +178,12 @@ class Database:
             if connection is not None:
                 with suppress(sqlite3.Error):
                     connection.close()
+
+    def shut(self) -> None:
+        """Close the connection for good: whoever comes to use it after that gets a StorageError."""
+        with self._lock:
+            self._is_shut = True
+            self.close()
 
     def _enter(self, connection: sqlite3.Connection) -> int:
         added = connection.execute("INSERT INTO processes (pid, opened_at) VALUES (?, ?)", (os.getpid(), time.time()))
@@ -187,7 +193,7 @@ class Database:
         return number
 
     def _opened(self) -> sqlite3.Connection:
-        if self._is_closed:
+        if self._is_shut:
             raise StorageError(f"cannot use {self.path}: it was closed")
         return self._connection or self._open()
 
@@ -356,7 +362,9 @@ class Presence:
         def _try(self, number: int) -> bool:
             try:
                 fcntl.lockf(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise StorageError(f"cannot use {self._path}: no locks to be had ({error.strerror})") from error
                 return False
             return True
 

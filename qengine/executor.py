@@ -237,21 +237,10 @@ class FunctionFace(Reporting, Generic[P, V]):
         self._retries_timeouts = timeout_verdict(policy.retry)
         self.gates = KeyedGates()
 
-    def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
-        """Make a run of this executor's, on its own stage or on another."""
-        recorder = self.recorder_on(stage)
-        try:
-            return self._make_session(stage, inputs, cancel, recorder, **fields)
-        except BaseException:
-            if recorder is not None:
-                recorder.release()
-            raise
-
-    def _make_session(
-        self, stage: Stage, inputs: Any, cancel: CancellationToken | None, recorder: Recorder | None, **fields: Any
-    ) -> Session:
-        book = LaneBook(self, stage, recorder=recorder)
-        recalls = recorder is not None and recorder.recalls
+    def recorded_session(self, stage: Stage, inputs: Any, by: Recorder | None, **fields: Any) -> Session:
+        """Make a run; `by` records it, if it is recorded."""
+        book = LaneBook(self, stage, recorder=by)
+        recalls = by is not None and by.recalls
         prepare = self._preparer(book) if self._router is None else self._sender(book, self._router)
         routed = self._router is not None
         lane = None if routed or self._lane_by is not None else book.lane(_ONE_LANE)
@@ -259,7 +248,7 @@ class FunctionFace(Reporting, Generic[P, V]):
         feed = Feed(
             FeedKind.INPUTS,
             lambda: inputs,
-            recalling(prepare, recorder),
+            recalling(prepare, by),
             label="inputs",
             lane=lane,
             handful=handful_of(self.policy.lookahead),
@@ -273,8 +262,6 @@ class FunctionFace(Reporting, Generic[P, V]):
             probe=self.probe_on(stage),
             quotas=self.quotas,
             on_event=self._on_event,
-            recorder=recorder,
-            cancel=cancel,
             tally=self.tally_on(stage),
             on_leave=book.release,
             **fields,

@@ -75,7 +75,7 @@ def name_of(fn: Any) -> str:
     """Return what a function or an object is called."""
     while isinstance(fn, partial):
         fn = fn.func
-    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+    return str(getattr(fn, "__qualname__", None) or getattr(fn, "__name__", type(fn).__qualname__))
 
 
 def _in_words(value: Any) -> str:

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from datetime import date, datetime
 from datetime import time as time_of_day
@@ -29,7 +28,8 @@ from functools import partial
 from hashlib import blake2b
 from itertools import repeat
 from pathlib import PurePath
-from threading import Lock
+from threading import Event, Lock
+from time import sleep
 from typing import Any, Final, Protocol, Self
 from uuid import UUID
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -38,11 +38,12 @@ from .core.lane import Attempt, Lane
 from .core.purse import Budget
 from .core.run import Known, Tried
 from .core.steps import Raised
-from .database import WRITER, Database, boot_token
+from .database import BUSY_SECONDS, WRITER, Database, boot_token
 from .drivers.calls import GivenUp, current_worker
 from .drivers.clock import SYSTEM_CLOCK, Clock
 from .errors import QEngineError, Single, StorageError, TaskError, TaskTimeoutError, refuse_type, require_kind
-from .facts import Facts, Said
+from .facts import Facts, Said, name_of
+from .forks import restart_after_fork
 from .model import OTHERS, Query, SourceReport, Task, TaskStatus
 from .quota import Account
 
@@ -51,7 +52,8 @@ _log = logging.getLogger(__name__)
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS tasks (
     id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL,  -- the task's own as '=' and JSON; else source, level and query as JSON, or '#' and its hash
+    key TEXT NOT NULL,  -- the task's own as '=' and JSON; else its payload as JSON, of a query source, level and node
+                        -- before it; or '#' and the hash of that
     source TEXT NOT NULL,
     value,  -- JSON, or what the codec made of it; NULL where there is none (yet)
     started_at REAL,  -- of the last attempt, seconds since the epoch
@@ -104,12 +106,18 @@ _SCALARS: Final = frozenset({type(None), bool, int, float, str})
 _AT_ONCE: Final = 256
 """Rows of one statement: each statement lets other threads go on, and to be back among them takes its time."""
 
+_GREAT: Final = 2**64
+"""From which on a whole number may be too long to be written."""
+
+_LONGEST_DELAY: Final = 1.0
+"""Seconds between two calls that are kept, where both were known late."""
+
 _FAILURES: Final = {status.value: status for status in TaskStatus if status.is_failure}
 _COUNTED: Final = ("calls", "retries", "throttled", "rerouted", "busy_seconds")
 
 Row = tuple[Any, ...]
 
-_scan: Final[Callable[[str, int], tuple[Any, int]]] = getattr(json.JSONDecoder(), "scan_once")  # noqa: B009 - as `json.loads`, in a third of the time, for text that we have written
+_decode: Final = json.JSONDecoder().raw_decode  # as `json.loads` but for blanks, in half the time
 
 
 class Codec(Protocol):
@@ -139,8 +147,15 @@ class Journal(Single):
 
     Hand it to a TaskScheduler or a QueryExecutor, or their twins; the same call of `run` or `stream` then goes on where
     the last one was cut short.  What was answered is not asked again: its result is among the others, with the value
-    that was stored.  What was in flight is asked again, its attempts count on; what failed is reported as it was.
-    Rates, windows, budgets, quotas and breakers go on as if the time that passed had passed in the run.
+    that was stored, and a stream hands it out again.  What was in flight is asked again, its attempts count on; where
+    nothing must survive, so may be what came in the last few milliseconds.  What failed is reported with its status and
+    its error's text, as a TaskError, a TaskTimeoutError or a QEngineError ("ValueError: four").  Rates, windows,
+    budgets, quotas and breakers go on as if the time that passed had passed in the run.
+
+    After a run that came to its end all is recalled, and nothing is asked: what is to be asked anew takes another file,
+    or `fresh`.  A key does not say what is done with a payload: a file is for one function, or for one plan and its
+    sources.  What is run differently is said, in `changes` and as a warning to the log; what was answered counts all
+    the same.  Calls, retries, usage, cost and what is left are those of all runs in the file, other figures this run's.
 
     Args:
         path: A file; made if it is not there.  Beside it SQLite keeps `-wal` and `-shm`, and processes hold `-lock`.
@@ -151,13 +166,14 @@ class Journal(Single):
             quotas and breakers stay.
         retry_failed: Ask again what failed, from its first attempt on.
 
-    A task goes by its `key`; one without goes by its payload (in a hierarchy by its source, its level and its payload),
-    which is JSON, or made of data classes, enums, dates and the like.  Equal ones are counted, so each has a result of
+    A task goes by its `key`; one without goes by its payload (in a hierarchy by source, level, node and payload), which
+    is JSON, or made of data classes, enums, dates and the like.  Equal ones are counted, so each has a result of
     its own.  A task without a stable form, and one whose value cannot be stored, is an ERROR; the run goes on.
 
     For one run at a time, of one process.  Thread-safe.
 
     Raises:
+        RuntimeError: By a run: it is closed, or another run uses it.
         StorageError: Another process has it; the file is damaged, is something else or of a later version, cannot be
             opened or written; nothing in it was changed.  By a run: what was answered cannot be stored any more, as on
             a full disk.  The run ends with that; its report has only what was stored.
@@ -188,11 +204,12 @@ class Journal(Single):
         require_kind("fresh", fresh, bool)
         require_kind("retry_failed", retry_failed, bool)
         self.changes: list[str] = []
-        """What has changed since it was last written, in sentences: the plan, a policy, what was started over."""
+        """What was not as in the run before, in sentences: the plan, a policy, what was started over."""
         self.retry_failed = retry_failed
         self.codec: Codec = _Json() if codec is None else codec
-        self._in_use = Lock()
-        self._is_open = False
+        self._recorder: Recorder | None
+        self.start_afresh()
+        restart_after_fork(self)
         self.database = Database(path, SCHEMA, synchronous=synchronous)
         if not self.database.claim(WRITER):
             error = StorageError(f"{path} is the journal of a run that goes on, in {self._owner()}")
@@ -200,10 +217,19 @@ class Journal(Single):
             raise error
         self._is_open = True
         try:
-            self.database.transact(self._fresh if fresh else self._begin)
+            if fresh:
+                self.start_over()
+            else:
+                self.database.transact(self._begin)
         except BaseException:
             self.close()
             raise
+
+    def start_afresh(self) -> None:
+        """Leave it to the parent: in a child made by a fork it is closed."""
+        self._in_use = Lock()
+        self._recorder = None
+        self._is_open = False
 
     @property
     def path(self) -> PurePath:
@@ -221,31 +247,51 @@ class Journal(Single):
             self.close()
 
     def close(self) -> None:
-        """Let others have it; harmless if it is closed."""
+        """Let others have it; harmless if it is closed.
+
+        What a run that was interrupted has still to write is waited for; one that goes on ends with a StorageError.
+        """
         if self._is_open:
+            if self._recorder is not None:
+                self._recorder.wait()
             self._is_open = False
-            self.database.close()
+            self.database.shut()
             self.database.yield_claim(WRITER)
+
+    def start_over(self) -> None:
+        """Forget what was answered, and what was used of what runs may use in all, as by `fresh`; say so."""
+        self.database.transact(self._fresh)
 
     def record(self, clock: Clock, facts: Facts) -> Recorder:
         """Begin to record a run: for the engine."""
         return Recorder(self, clock, facts)
 
-    def take(self) -> None:
+    def take(self, recorder: Recorder) -> None:
         """Begin to use it for a run.
 
         Raises:
             RuntimeError: It is closed, or another run uses it.
         """
-        if not self._is_open:
-            raise RuntimeError(f"the journal {self.path} is closed")
+        self.require_open()
+        if self._recorder is not None:
+            self._recorder.wait()
         if not self._in_use.acquire(False):
             raise RuntimeError(f"the journal {self.path} is in use: it is for one run at a time")
+        self._recorder = recorder
+
+    def require_open(self) -> None:
+        """Refuse to go on with one that is closed.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        if not self._is_open:
+            raise RuntimeError(f"the journal {self.path} is closed")
 
     def release(self) -> None:
         """Use it no more."""
-        with suppress(RuntimeError):  # it was released before
-            self._in_use.release()
+        self._recorder = None
+        self._in_use.release()
 
     def said(self, change: str) -> None:
         """Say that something has changed."""
@@ -253,15 +299,20 @@ class Journal(Single):
         _log.warning("%s: %s", self.path, change)
 
     def _owner(self) -> str:
-        row = self.database.transact(lambda c: c.execute("SELECT value FROM facts WHERE name = 'pid'").fetchone())
+        sql = "SELECT value FROM facts WHERE name = 'pid'"
+        row = self.database.transact(lambda c: c.execute(sql).fetchone(), only_reads=True)
         return "a process" if row is None else f"process {row[0]}"
 
     def _begin(self, connection: Any) -> None:
         connection.execute("INSERT OR REPLACE INTO facts VALUES ('pid', ?)", (str(os.getpid()),))
-        codec = type(self.codec).__name__ if not hasattr(self.codec, "__name__") else self.codec.__name__
+        codec = "JSON" if isinstance(self.codec, _Json) else name_of(self.codec)
         row = connection.execute("SELECT value FROM facts WHERE name = 'codec'").fetchone()
-        if row is not None and row[0] != codec and connection.execute("SELECT 1 FROM tasks LIMIT 1").fetchone():
-            raise StorageError(f"{self.path} was written by the codec {row[0]}, which {codec} cannot read")
+        if row is not None and row[0] != codec:
+            if connection.execute("SELECT 1 FROM tasks WHERE value IS NOT NULL LIMIT 1").fetchone():
+                raise StorageError(
+                    f"{self.path} has values stored as {row[0]}, and {codec} is given now: "
+                    f"give it the same codec, or start over with fresh=True"
+                )
         connection.execute("INSERT OR REPLACE INTO facts VALUES ('codec', ?)", (codec,))
 
     def _fresh(self, connection: Any) -> None:
@@ -283,20 +334,24 @@ class Entry:
 
     __slots__ = ("id", "is_recalled", "key", "payload", "value")
 
-    def __init__(self, key: str, payload: str | None) -> None:
-        self.id = 0
+    def __init__(self, key: str, payload: str | None, row: int = 0) -> None:
+        self.id = row
         self.key = key
         self.payload = payload
         self.value: str | bytes | None = None
         self.is_recalled = False
+
+    def successor(self) -> Entry:
+        """Return that of another attempt, which has a value of its own."""
+        return Entry(self.key, self.payload, self.id)
 
 
 _RECALLED: Final = Entry("", None)
 _RECALLED.is_recalled = True
 
 
-_loaded: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-"""Of which journals the state is in a gate, or in limits, that live on."""
+_known: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
+"""In which gate, or limits, of this process what is in a journal under some name is known."""
 
 
 class Recorder:
@@ -309,7 +364,7 @@ class Recorder:
     """
 
     def __init__(self, journal: Journal, clock: Clock, facts: Facts) -> None:
-        journal.take()
+        journal.take(self)
         self.crew: Any = None
         """That of the run; set before anything is called."""
         self._journal = journal
@@ -325,23 +380,33 @@ class Recorder:
         self._earlier: WeakKeyDictionary[Lane, dict[str, Any]] = WeakKeyDictionary()
         self._codec = journal.codec
         self._is_json = isinstance(journal.codec, _Json)
+        self._states: list[str] = []
+        self._is_concluded = Event()
+        self._releasing = Lock()
+        self._paces: WeakKeyDictionary[Lane, tuple[float, float]] = WeakKeyDictionary()
+        self._pacing = Lock()
         try:
-            last, said, shared = self._database.transact(self._read)
+            self._reader = Database(journal.path, "", read_only=True, is_checked=True)  # who reads waits for no commit
+            self._resume(facts)
         except BaseException:
             journal.release()
             raise
+
+    def _resume(self, facts: Facts) -> None:
+        """Go on where the last run was."""
+        journal = self._journal
+        last, said, shared = self._database.transact(self._read, only_reads=True)
         self.next_id = last + 1
         """The number of the next new row."""
         for change in () if said is None else facts.changes_since(said):
             journal.said(change)
         for key, (names, limits) in facts.limits.items():
-            if self._is_new(key) and (saved := _latest(shared, names)) is not None:
+            if self._is_new(key, names[0]) and (saved := _latest(shared, names)) is not None:
                 state, *moment = saved
                 limits.load(json.loads(state), *self._since(*moment), math.inf)
         for account, names in facts.quotas.items():
             if (saved := _latest(shared, names)) is not None:
                 account.load(json.loads(saved[0]))
-        self._reader = Database(journal.path, "", read_only=True, is_checked=True)  # who reads waits for no commit
         self._old = _Old(journal, self._reader, last)
 
     @property
@@ -350,10 +415,32 @@ class Recorder:
         return self._old.left > 0
 
     def release(self) -> None:
-        """Let go of the journal, at the end of the run."""
+        """Let go of the journal, at the end of the run: when all is written."""
+        self._states.append("left")
         self._old.close()
-        self._reader.close()
-        self._journal.release()
+        self._reader.shut()
+        if self.crew is None or not self.crew.is_started:
+            self.concluded()
+        self._release()
+
+    def concluded(self) -> None:
+        """Note that nothing more is to be written."""
+        self._is_concluded.set()
+        self._release()
+
+    def _release(self) -> None:
+        with self._releasing:
+            if self._is_concluded.is_set() and self._states == ["left"]:
+                self._states.append("released")
+                self._journal.release()
+
+    def wait(self) -> None:
+        """Wait until all is written of a run that was left, be it that it was interrupted."""
+        if self._states == ["left"]:
+            if self.crew.writes_by_itself():
+                self._is_concluded.wait(BUSY_SECONDS)
+            else:
+                self.concluded()
 
     @staticmethod
     def _read(connection: Any) -> tuple[int, Said | None, dict[str, Row]]:
@@ -362,11 +449,10 @@ class Recorder:
         shared = {name: row for name, *row in connection.execute("SELECT * FROM shared")}
         return last, None if said is None else json.loads(said[0]), shared
 
-    def _is_new(self, thing: Any) -> bool:
-        """Say whether the state of a gate, or of limits, is not known in this process; it is from now on."""
-        known = _loaded.setdefault(thing, set())
-        is_new = self._name not in known
-        known.add(self._name)
+    def _is_new(self, thing: Any, name: str) -> bool:
+        """Say whether a gate, or limits, do not know yet what is saved under a name; from now on they do."""
+        is_new = _known.get((self._name, name)) is not thing
+        _known[self._name, name] = thing
         return is_new
 
     def _since(self, saved_at: float, boot: str | None, clock: float) -> tuple[float, float]:
@@ -387,7 +473,7 @@ class Recorder:
         row = self._reader.transact(
             lambda c: c.execute("SELECT * FROM sources WHERE name = ?", (lane.name,)).fetchone()
         )
-        is_new = self._is_new(lane.gate)
+        is_new = self._is_new(lane.gate, lane.name)
         if row is None:
             return
         _, counts, state, *moment = row
@@ -396,8 +482,9 @@ class Recorder:
             earlier = self._earlier[lane] = json.loads(counts)
             if lane.budget is not None:
                 lane.budget = max(0.0, lane.budget - earlier["calls"])
-            for budget, used in zip(_budgets(lane), dumped["used"], strict=False):
-                budget.load(used)
+            for budget in _budgets(lane):
+                if budget.unit in dumped["used"]:
+                    budget.load(dumped["used"][budget.unit])
         if is_new:
             lane.gate.load(dumped["gate"], *self._since(*moment), lane.timeout)
 
@@ -406,16 +493,19 @@ class Recorder:
 
         def call(payload: Any) -> Any:
             is_kept = lane.is_kept
-            if is_kept or type(payload) not in _SCALARS:
+            if is_kept or not _is_scalar(payload):
                 attempt = self._attempt()
                 self.identify(attempt)
                 if is_kept:
+                    admitted_at = self._waits(attempt)
                     self.crew.begin(attempt)
+                    if (delay := self._delay(lane, admitted_at)) > 0:
+                        sleep(delay)
                     self._begun(attempt)
-            elif self.crew.is_behind:
+            if not is_kept and self.crew.is_behind:
                 self.crew.catch_up()
             value = fn(payload)
-            if type(value) not in _SCALARS or not self._is_json:
+            if not (self._is_json and _is_scalar(value)):
                 self._store(value)
             return value
 
@@ -426,16 +516,21 @@ class Recorder:
 
         async def call(payload: Any) -> Any:
             is_kept = lane.is_kept
-            if is_kept or type(payload) not in _SCALARS:
+            if is_kept or not _is_scalar(payload):
                 attempt = self._attempt()
                 self.identify(attempt)
                 if is_kept:
+                    admitted_at = self._waits(attempt)
                     await self.crew.begin(attempt)
+                    if (delay := self._delay(lane, admitted_at)) > 0:
+                        from asyncio import sleep as wait  # it is there by now
+
+                        await wait(delay)
                     self._begun(attempt)
-            elif self.crew.is_behind:
+            if not is_kept and self.crew.is_behind:
                 await self.crew.catch_up()
             value = await fn(payload)
-            if type(value) not in _SCALARS or not self._is_json:
+            if not (self._is_json and _is_scalar(value)):
                 self._store(value)
             return value
 
@@ -448,11 +543,31 @@ class Recorder:
         attempt: Attempt = found[0].work
         return attempt
 
+    @staticmethod
+    def _waits(attempt: Attempt) -> float:
+        """Note that a call is not begun before it is known, and cannot time out; return when it could have begun."""
+        if attempt.reason is not None:
+            raise GivenUp
+        attempt.is_begun = False
+        return attempt.started_at
+
+    def _delay(self, lane: Lane, admitted_at: float) -> float:
+        """Return for how long a call that is known now has to wait, lest those of one commit come all at once."""
+        if not lane.gate.has_limits or self._clock is not SYSTEM_CLOCK:
+            return 0.0
+        with self._pacing:
+            now = self._clock.now()
+            before, began_at = self._paces.get(lane, (admitted_at, now))
+            begins_at = max(now, began_at + min(admitted_at - before, _LONGEST_DELAY))
+            self._paces[lane] = admitted_at, begins_at
+            return begins_at - now
+
     def _begun(self, attempt: Attempt) -> None:
         """Begin a call that is known by now, unless nobody waits for it any more."""
         if attempt.reason is not None:
             raise GivenUp
         attempt.started_at = self._clock.now()
+        attempt.is_begun = True
 
     def _store(self, value: Any) -> None:
         """Have a value in the form in which it is stored.
@@ -465,10 +580,12 @@ class Recorder:
             if isinstance(stored, str) and not stored.isascii():
                 stored.encode()
         except Exception as error:
-            raise TypeError(f"the value cannot be stored in the journal: {error}") from error
+            raise TypeError(f"the value cannot be stored in the journal by its codec: {error}") from error
         if not isinstance(stored, (str, bytes)):
             raise TypeError(f"the journal's codec made {type(stored).__name__} of the value, allowed is str or bytes")
-        self.identify(self._attempt()).value = stored
+        attempt = self._attempt()
+        if attempt.reason is None:  # else another one is made, or was
+            self.identify(attempt).value = stored
 
     def identify(self, attempt: Attempt) -> Entry:
         """Return what is known of a task, found out when first asked.
@@ -498,7 +615,7 @@ class Recorder:
 
     def _recalled_bare(self, lane: Lane, payload: Any) -> Attempt | Known | None:
         """Return what is known of a bare payload, None for nothing; of most, in short."""
-        if type(payload) not in _SCALARS or not self._is_json:
+        if not (self._is_json and _is_scalar(payload)):
             attempt = Attempt(payload, None, lane)
             return attempt if self._recall(attempt) else None
         key, asked = _key_of(_of_scalar[type(payload)](payload))
@@ -508,7 +625,7 @@ class Recorder:
         _, _, source, value, started_at, duration, status, attempts, _, usage = row
         if status is None and attempts is None and usage is None and source == lane.name:
             try:
-                decoded = _scan(value, 0)[0]
+                decoded = _decode(value)[0]
                 return Known(lane, payload, decoded, started_at - self._wall_offset, duration, _RECALLED)
             except (ValueError, StopIteration):  # not what we have written
                 pass
@@ -546,12 +663,14 @@ class Recorder:
         attempts = 1 if attempts is None else attempts
         failure = _FAILURES.get(status)
         if failure is not None and self._journal.retry_failed:
+            attempt.is_plain = False  # its row is there
             return
         attempt.number = attempts
         attempt.started_at = (0.0 if started_at is None else started_at) - self._wall_offset
         attempt.duration = duration or 0.0
         if status == STARTED:
             attempt.remember().is_resumed = attempts > 0
+            _remember_usage(attempt, usage)
             return
         attempt.lane = self._lanes.get(source, attempt.lane)
         if failure is None:
@@ -562,11 +681,7 @@ class Recorder:
             attempt.status = failure
         attempt.trail = None
         attempt.is_plain = attempt.is_plain and attempts == 1 and usage is None and failure is None
-        if usage is not None:
-            trail = attempt.remember()
-            trail.used = json.loads(usage)
-            trail.uncounted = int(trail.used.pop("calls", attempts)) - attempts
-            trail.told = attempts + trail.uncounted
+        _remember_usage(attempt, usage)
         entry.is_recalled = True
 
     # ---- writing -----------------------------------------------------------------------------------------------------
@@ -611,7 +726,7 @@ class Recorder:
         return _scalar(value) if self._is_json and type(value) in _SCALARS else self._codec.dumps(value)
 
     def _state_of(self, lane: Lane, now: float) -> Row:
-        state = {"gate": lane.gate.dump(now), "used": [budget.dump() for budget in _budgets(lane)]}
+        state = {"gate": lane.gate.dump(now), "used": {budget.unit: budget.dump() for budget in _budgets(lane)}}
         counts = dict(self._earlier.get(lane, {}))
         for name, counted in (("calls", lane.calls), ("busy_seconds", lane.busy_seconds)):
             counts[name] = counts.get(name, 0) + counted
@@ -655,6 +770,15 @@ class Recorder:
         return whole
 
 
+def _remember_usage(attempt: Attempt, usage: str | None) -> None:
+    """Have a task know what its calls so far have used, where that is its own."""
+    if usage is not None:
+        trail = attempt.remember()
+        trail.used = json.loads(usage)
+        calls = int(trail.used.pop("calls", attempt.number))
+        trail.uncounted, trail.told = calls - attempt.number, calls
+
+
 class _Work:
     """What one commit writes."""
 
@@ -690,7 +814,8 @@ class _Work:
             elif isinstance(item, Attempt):
                 self._ended(item)
         for attempt in starts:
-            self._tried(attempt, attempt.number)
+            if attempt.reason is None and attempt.status is None:  # else it was given up while it waited for this
+                self._tried(attempt, attempt.number)
 
     @property
     def is_empty(self) -> bool:
@@ -711,8 +836,9 @@ class _Work:
     def _tried(self, attempt: Attempt, number: int) -> None:
         """A task is about to be tried, or was tried in vain so far."""
         entry = self._entry(attempt)
-        at = self._recorder.wall(attempt.started_at)
-        self._row(entry, attempt.lane, None, at, None, STARTED, number, None, None)
+        at, trail = self._recorder.wall(attempt.started_at), attempt.trail
+        usage = None if trail is None or not (trail.told or trail.uncounted) else attempt.usage
+        self._row(entry, attempt.lane, None, at, None, STARTED, number, None, usage)
 
     def _ended(self, attempt: Attempt) -> None:
         status = attempt.status
@@ -725,7 +851,7 @@ class _Work:
             return
         try:
             entry = self._entry(attempt)
-        except TypeError:  # it has no stable form, and is asked again the next time
+        except (TypeError, ValueError):  # it has no stable form, and is asked again the next time
             return
         usage: dict[str, float] | None = attempt.usage
         if usage == {"calls": attempt.attempts}:
@@ -899,14 +1025,21 @@ def _stable(thing: Any) -> Any:
     )
 
 
-def _with_text_keys(thing: Any) -> Any:
-    """Return a payload whose dicts have no other keys than text: JSON would make text of them."""
+def _told_apart(thing: Any) -> Any:
+    """Return a payload with the type of what JSON would make equal to something else: tuples, keys that are no text."""
+    kind = type(thing)
+    if kind in _SCALARS:
+        return thing
     if isinstance(thing, dict):
-        plain = {key: _with_text_keys(value) for key, value in thing.items()}
+        plain = {key: _told_apart(value) for key, value in thing.items()}
         if all(type(key) is str for key in plain):
             return plain
         return ["dict", *sorted((_encode_key(key), value) for key, value in plain.items())]
-    return [_with_text_keys(item) for item in thing] if isinstance(thing, (list, tuple)) else thing
+    if kind is list:
+        return [_told_apart(item) for item in thing]
+    if isinstance(thing, tuple):
+        return [kind.__qualname__, *map(_told_apart, thing)]
+    return [kind.__qualname__, thing.name] if isinstance(thing, Enum) else thing
 
 
 def _encoder(**options: Any) -> Callable[[Any], str]:
@@ -938,6 +1071,12 @@ _of_scalar: Final[dict[type, Callable[[Any], str]]] = {
 }
 
 
+def _is_scalar(value: Any) -> bool:
+    """Say whether a value is so plain that its form as JSON need not be looked at before it is written."""
+    kind = type(value)
+    return kind in _SCALARS and (kind is not int or -_GREAT < value < _GREAT)
+
+
 def _scalar(value: Any) -> str:
     """Return a plain value as JSON."""
     return _of_scalar[type(value)](value)
@@ -957,14 +1096,14 @@ def _entry_of(attempt: Attempt) -> Entry:
     if task is not None and task.key is not None:
         key, _ = _key_of("=" + _encode_key(task.key))
         try:
-            return Entry(key, _encode_key(_with_text_keys(payload)))
+            return Entry(key, _encode_key(_told_apart(payload)))
         except TypeError:  # its key is enough
             return Entry(key, None)
-    text = _encode_key(payload if type(payload) in _SCALARS else _with_text_keys(payload))
+    text = _encode_key(_told_apart(payload))
     if not isinstance(task, Query):
         return Entry(*_key_of(text))
-    key, _ = _key_of(f"{_encode_value([attempt.lane.name, task.level])}{text}")
-    return Entry(key, text)
+    of = _encode_key([attempt.lane.name, task.level, _told_apart(task.node)])
+    return Entry(_key_of(of + text)[0], text)
 
 
 def _said_by(error: BaseException) -> str:

@@ -276,8 +276,9 @@ class RateLimiter(LimiterBase):
     - Every method may raise a StorageError, and takes tens of microseconds, longer where others are at it: a wait for
       them cannot be interrupted, and lasts at most 10 s.  It cannot be used in a signal handler.
 
-    Thread-safe, and safe to use in a signal handler.  O(number of limits); a window copies a chunk of 64 slots, and a
-    tuple of its chunks; who asks with a timeout pays for those before it whose dates nobody has worked out yet.
+    Thread-safe, and without a store safe to use in a signal handler.  O(number of limits); a window copies a chunk of
+    64 slots, and a tuple of its chunks; who asks with a timeout pays for those before it whose dates nobody has worked
+    out yet.
 
     >>> clock = [0.0]
     >>> limiter = RateLimiter(RateLimit(per_second=1, burst=2), now_fn=lambda: clock[0])

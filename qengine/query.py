@@ -147,16 +147,6 @@ class HierarchyFace(Reporting):
         """Return what is kept of a run's queries by level, then root, then child."""
         return _InOrder(records, [source.name for source in self.sources])
 
-    def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
-        """Make a run of this executor's, on its own stage or on another."""
-        recorder = self.recorder_on(stage)
-        try:
-            return self._make_session(stage, inputs, cancel, recorder, **fields)
-        except BaseException:
-            if recorder is not None:
-                recorder.release()
-            raise
-
     def facts(self) -> Facts:
         """Return what is run, in words, and what of it lives on beyond its runs."""
         facts = Facts()
@@ -165,17 +155,16 @@ class HierarchyFace(Reporting):
             facts.add(source.name, source)
         return facts
 
-    def _make_session(
-        self, stage: Stage, inputs: Any, cancel: CancellationToken | None, recorder: Recorder | None, **fields: Any
-    ) -> Session:
+    def recorded_session(self, stage: Stage, inputs: Any, by: Recorder | None, **fields: Any) -> Session:
+        """Make a run; `by` records it, if it is recorded."""
         lanes = [
             source.make_lane(stage, self.stage.clock, self.fetcher(source), self.lookahead)
             for source in self.sources
         ]
-        if recorder is not None:
+        if by is not None:
             for lane in lanes:
-                recorder.adopt(lane, awaits=self.awaits)
-        feeds = _Feeds(self, lanes, recorder)
+                by.adopt(lane, awaits=self.awaits)
+        feeds = _Feeds(self, lanes, by)
         roots = Feed(FeedKind.NODES, lambda: inputs, feeds.root_of(lanes[0]), label="roots")
         has_following = callable(getattr(self.plan, "following", None))
         tree = Tree(roots, feeds.queries, feeds.children, feeds.following if has_following else None)
@@ -188,10 +177,8 @@ class HierarchyFace(Reporting):
             probe=self.probe_on(stage),
             quotas=[quota for source in self.sources for quota in source.quotas],
             on_event=self._on_event,
-            recorder=recorder,
-            cancel=cancel,
             tally=self.tally_on(stage),
-            on_leave=(lambda: None) if recorder is None else recorder.release,
+            on_leave=(lambda: None) if by is None else by.release,
             make_report=CollectionReport,
             **fields,
         )

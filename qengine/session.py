@@ -33,7 +33,7 @@ from .core.limits import LimitSet
 from .core.place import level_of
 from .core.purse import Budget, Tariff
 from .core.quota import Allowance
-from .core.run import Record, Run
+from .core.run import Record, Run, uncommitted
 from .core.shelf import Shelf
 from .core.steps import Raised
 from .core.tree import Found, Tree
@@ -123,8 +123,8 @@ def recalling(prepare: Callable[..., Any], recorder: Recorder | None) -> Callabl
 
 def check_journal(name: str, journal: object) -> None:
     """Refuse what is no journal."""
-    if not callable(getattr(journal, "record", None)):
-        refuse_type(name, journal, "a Journal")
+    if isinstance(journal, type) or not callable(getattr(journal, "record", None)):
+        refuse_type(name, journal, "a Journal, such as Journal(path)")
 
 INTERRUPT_SECONDS = 0.09
 """How long an interrupted caller waits for the partial report."""
@@ -176,20 +176,17 @@ class Stage:
         **fields: Any,
     ) -> Lane:
         """Return a lane; what it takes from limits and quotas in a store is fetched."""
-        lines = self.stored_lines(limits)
-        fetched = [FetchedAccount(one) for one in (*allowances, *pooled) if isinstance(one, StoredAccount)]
+        gate, lines = self.with_stored(gate, limits)
+        own, shared = [*map(_fetched, allowances)], [*map(_fetched, pooled)]
+        fetched = [one for one in (*own, *shared) if isinstance(one, FetchedAccount)]
         supply = None
         if lines or fetched:
-            supply = Fetcher(lines, fetched, tariff, self.clock, self._lend).supply
-        own = [one for one in allowances if not isinstance(one, StoredAccount)]
-        shared = [one for one in pooled if not isinstance(one, StoredAccount)]
-        return Lane(
-            name, gate, call, allowances=[*own, *fetched], pooled=shared, tariff=tariff, supply=supply, **fields
-        )
+            supply = Fetcher(lines, fetched, self.clock, self._lend).supply
+        return Lane(name, gate, call, allowances=own, pooled=shared, tariff=tariff, supply=supply, **fields)
 
-    def stored_lines(self, limits: Iterable[Limit]) -> list[StoredLine]:
-        """Return those of the limits whose state is in a store."""
-        return [line for limit in limits if (line := _stored_line(limit)) is not None]
+    def with_stored(self, gate: Gate, limits: Iterable[Limit]) -> tuple[Gate, list[StoredLine]]:
+        """Return a lane's gate, and those of its limits whose state is in a store, which are not behind it."""
+        return gate, [line for limit in limits if (line := _stored_line(limit)) is not None]
 
 
 def threads_stage(clock: VirtualClock | None) -> Stage:
@@ -223,6 +220,11 @@ def check_live_limits(limits: Iterable[Limit], clock: Clock) -> None:
     for limit in limits if isinstance(clock, VirtualClock) else ():
         if isinstance(limit, LiveLimit) and _clock_of(limit) != clock.now:
             refuse("limits", limit, "a RateLimiter made with now_fn=clock.now, where there is a VirtualClock")
+
+
+def _fetched(allowance: Allowance) -> Allowance:
+    """Return what a lane takes from in the place of a quota in a store."""
+    return FetchedAccount(allowance) if isinstance(allowance, StoredAccount) else allowance
 
 
 def _stored_line(limit: object) -> StoredLine | None:
@@ -420,10 +422,10 @@ class Session:
         self._teller = Teller(on_event, self._interrupted, logs=tally is not None)
         self._recorder = recorder
         self._deliver = deliver
-        commits = None
+        self._commits = commits = None
         if recorder is not None:
             pause = 0.0 if isinstance(clock, VirtualClock) else PAUSE
-            commits = Commits(recorder, self._hand_out, self._not_committed, pause)
+            self._commits = commits = Commits(recorder, self._hand_out, self._not_committed, pause)
         log = None if commits is None else commits.pending
         self.interruption: KeyboardInterrupt | None = None
         accounts = dict.fromkeys(map(stage.account, quotas))
@@ -588,6 +590,8 @@ class Session:
         reports: Iterable[SourceReport] = run.reports()
         if self._recorder is not None:
             reports = map(self._recorder.with_earlier, reports)
+        if self._commits is not None and not self.crew.over:
+            reports = _without(reports, filter(None, map(uncommitted, self._commits.uncommitted)))
         return self._make_report(
             results=results,
             by_source=with_times(reports, run.records or ()),
@@ -599,6 +603,16 @@ class Session:
             finished_at=self.clock.now() + self.wall_offset,
             **extra,
         )
+
+    def kept(self, records: list[Record]) -> list[Record]:
+        """Return what is kept of the tasks of a run; what is not committed, for it had no time to end, is no result."""
+        if self._commits is None or self.crew.over:
+            return records
+        records = [*records]
+        for item in self._commits.uncommitted:
+            if (attempt := uncommitted(item)) is not None:
+                records[attempt.index] = attempt
+        return records
 
     def results(self, records: Iterable[Record]) -> Callable[[], Sequence[TaskResult[Any, Any]]]:
         """Return what makes the results of some tasks, when they are looked at."""
@@ -620,6 +634,18 @@ class Session:
         """End the run for a KeyboardInterrupt that came up in a listener: it is for the caller."""
         self.interruption = error
         self.cancel("KeyboardInterrupt", "abandon")
+
+
+def _without(reports: Iterable[SourceReport], attempts: Iterable[Attempt]) -> Iterator[SourceReport]:
+    """Give reports in which these, which are not committed, are none of the outcomes."""
+    lost = list(attempts)
+    for report in reports:
+        mine = [attempt.outcome for attempt in lost if attempt.lane.name == report.name]
+        failed = sum(type(outcome) is Raised for outcome in mine)
+        report.success_count -= len(mine) - failed
+        report.failure_count -= failed
+        report.cancelled_count += len(mine)
+        yield report
 
 
 def _make_results(records: Iterable[Record], wall_offset: float) -> Iterator[TaskResult[Any, Any]]:
@@ -836,6 +862,16 @@ class Reporting:
 
     def make_session(self, stage: Stage, inputs: Any, cancel: CancellationToken | None, **fields: Any) -> Session:
         """Make a run of this executor's, on its own stage or on another."""
+        recorder = self.recorder_on(stage)
+        try:
+            return self.recorded_session(stage, inputs, recorder, cancel=cancel, recorder=recorder, **fields)
+        except BaseException:
+            if recorder is not None:
+                recorder.release()
+            raise
+
+    def recorded_session(self, stage: Stage, inputs: Any, by: Recorder | None, **fields: Any) -> Session:
+        """Make a run; `by` records it, if it is recorded."""
         raise NotImplementedError
 
     def counters(self) -> Counters:
@@ -886,12 +922,12 @@ def run_blocking(face: Reporting, stage: Stage, inputs: Any, cancel: Cancellatio
         session.join()
     except BaseException as error:
         session.abort_for(error)
-        report = session.report(session.results(face.in_order(records)))
+        report = session.report(session.results(face.in_order(session.kept(records))))
         attach_report(error, report)
         if stage is face.stage:
             face.last_report = report
         raise
-    report = session.report(session.results(face.in_order(records)))
+    report = session.report(session.results(face.in_order(session.kept(records))))
     if stage is face.stage:
         face.last_report = report
     session.raise_if_ended_by_error(report)

@@ -136,9 +136,20 @@ class _Prediction(Stage):
             return gate.twin(self._begun_at, self._start, Lock, self._twins)
         return make(self._real).twin(self._real.now(), self.clock.now(), Lock, self._twins)
 
-    def stored_lines(self, limits: Iterable[Limit]) -> list[StoredLine]:
-        """Return none: nothing is taken from a store for a prediction."""
-        return []
+    def with_stored(self, gate: Gate, limits: Iterable[Limit]) -> tuple[Gate, list[StoredLine]]:
+        """Return a gate with twins of the limits that are in a store: a prediction takes nothing from there."""
+        gate, lines = super().with_stored(gate, limits)
+        return gate.beside([self._twin_of(line) for line in lines], Lock()) if lines else gate, []
+
+    def _twin_of(self, line: StoredLine) -> LimitSet:
+        """Return limits of which there is as much as in the store."""
+        limits = self._twins.get(line)
+        if limits is None:
+            limits = self._twins[line] = LimitSet(line.limits.declared, self.clock.now(), Lock())
+            missing = limits.available(self.clock.now()) - line.available()
+            if missing > 0:
+                limits.charge(missing, self.clock.now())
+        return limits
 
     def account(self, quota: LiveQuota) -> Account:
         """Return the twin of a quota's state, for which it is now and whose days pass in the simulation."""

@@ -6,12 +6,32 @@ Rules: each method is one transaction.  SQLite is loaded when a store is made, n
 from __future__ import annotations
 
 import os
+from typing import Self
 
 from .limit_store import LimitStore, Look, Part, Slot
 from .sqlite_limits import LIMITS, SqliteLimits
-from .sqlite_quotas import QUOTAS, QuotaStore, SqliteQuotas
+from .sqlite_quotas import (
+    QUOTAS,
+    QuotaAnswer,
+    QuotaCounts,
+    QuotaSettlement,
+    QuotaStore,
+    QuotaTerms,
+    SqliteQuotas,
+)
 
-__all__ = ["LimitStore", "Look", "Part", "QuotaStore", "Slot", "SqliteStore"]
+__all__ = [
+    "LimitStore",
+    "Look",
+    "Part",
+    "QuotaAnswer",
+    "QuotaCounts",
+    "QuotaSettlement",
+    "QuotaStore",
+    "QuotaTerms",
+    "Slot",
+    "SqliteStore",
+]
 
 
 class SqliteStore(SqliteLimits, SqliteQuotas):
@@ -20,7 +40,7 @@ class SqliteStore(SqliteLimits, SqliteQuotas):
     Args:
         path: Where; made if it is not there.  On a disk of this machine: a file on a network has no locks to rely on.
         synchronous: "NORMAL": what was taken survives the end of the process, however that comes; "FULL": a power cut
-            too, for some milliseconds a permit.
+            too, for half a millisecond a permit or more.
 
     Any number of limiters and quotas, with different keys and different limits, may have it; each process makes its own
     of the same path.  After a fork the child opens the file anew.
@@ -32,20 +52,26 @@ class SqliteStore(SqliteLimits, SqliteQuotas):
 
     >>> from tempfile import TemporaryDirectory
     >>> from qengine import RateLimit, RateLimiter
-    >>> with TemporaryDirectory() as folder:
-    ...     store, other = SqliteStore(f"{folder}/limits.db"), SqliteStore(f"{folder}/limits.db")
+    >>> folder = TemporaryDirectory()
+    >>> path = f"{folder.name}/limits.db"
+    >>> with SqliteStore(path) as store, SqliteStore(path) as other:  # as in two programs
     ...     mine = RateLimiter(RateLimit(per_hour=1, burst=2), store=store, key="api")
     ...     yours = RateLimiter(RateLimit(per_hour=1, burst=2), store=other, key="api")
-    ...     print([limiter.try_acquire() for limiter in (mine, yours, mine, yours)])
-    ...     store.close(), other.close()
+    ...     [limiter.try_acquire() for limiter in (mine, yours, mine, yours)]
     [True, True, False, False]
-    (None, None)
+    >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str], synchronous: str = "NORMAL") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, synchronous: str = "NORMAL") -> None:
         from .database import Database, boot_token
 
         super().__init__(Database(path, LIMITS + QUOTAS, synchronous=synchronous), boot_token())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file; it is opened again when it is next used."""

@@ -75,20 +75,31 @@ class StoredLine(Line):
 
     # ---- slots, for who cannot stand in the line ---------------------------------------------------------------------
 
-    def fetch(self, amount: Amount = 1, latest: float = math.inf, instead_of: Slot | None = None) -> Slot | None:
+    def fetch(
+        self,
+        amount: Amount = 1,
+        latest: float = math.inf,
+        instead_of: Slot | None = None,
+        lead: float = 0.0,
+        was_held_up: bool = False,
+    ) -> Slot | None:
         """Take the next slot, now or later; None, and nothing is taken, if it is due after `latest`.  Uses the store.
 
         Args:
             amount: What is wanted.
             latest: The last instant, on this limiter's clock; what is due now is never after it.
             instead_of: A slot that is given back in the same step, such as one that is not good any more.
+            lead: Seconds before which it is not to be due.
+            was_held_up: Whether who asks would have come in time, but for being woken late.
         """
+        self.limits.check(amount)
         until = ANY_TIME if latest == math.inf else _nanoseconds(latest)
-        before, lead = 0 if instead_of is None else instead_of.ticket, 0.0
+        before = 0 if instead_of is None else instead_of.ticket
+        slack = _SLACK if was_held_up else 0
         while True:
             ticket = new_ticket()
             try:
-                slot = self._slot(amount, ticket, until, 0, before, lead)
+                slot = self._slot(amount, ticket, until, slack, before, lead)
             except BaseException:  # a signal handler raised: it may be taken, or not
                 self.give_back(ticket)
                 raise

@@ -86,9 +86,12 @@ def test_work_that_raises_leaves_nothing(opened: Database, error: BaseException)
 
 
 def test_threads_take_turns(opened: Database) -> None:
+    def both(name: str) -> Any:
+        return lambda connection: [add(f"{name}.{half}")(connection) for half in "ab"]
+
     def one(number: int) -> None:
         for turn in range(20):
-            opened.transact(lambda c, turn=turn: [add(f"{number}.{turn}.{half}")(c) for half in "ab"])
+            opened.transact(both(f"{number}.{turn}"))
 
     in_threads(4, one)
     found = opened.transact(names)
@@ -216,8 +219,9 @@ def test_one_that_is_only_to_be_read_must_be_there_and_stays_as_it_is(path: Path
     ],
 )
 def test_bad_arguments_are_refused(path: Path, options: dict[str, Any], kind: type[Exception], words: str) -> None:
+    given: dict[str, Any] = {"path": path, "schema": SCHEMA} | options
     with pytest.raises(kind) as caught:
-        Database(**{"path": path, "schema": SCHEMA} | options)
+        Database(**given)
     assert words in str(caught.value)
     assert not path.exists()
 

@@ -5,9 +5,9 @@ Lives of one run: each has a scheduler, sources and a journal of its own, as ano
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
-import math
 import os
 import pickle
 import random
@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -157,6 +158,12 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
     made.close()
 
 
+IN_THREADS, IN_A_LOOP = (
+    pytest.mark.parametrize("lab", [name], indirect=True) for name in ("stepped threads", "virtual loop")
+)
+"""Of a test of what is the same in both worlds: one of them will do, so the file is quick."""
+
+
 def policy(**fields: Any) -> ExecutionPolicy:
     given: dict[str, Any] = {"concurrency": 2, "stop": ABANDON} | fields
     return ExecutionPolicy(**given)
@@ -265,14 +272,19 @@ def test_ctrl_c_loses_no_answer(tmp_path: Path) -> None:
     lab = Lab(world, "threads", tmp_path)
     lab.seconds = 0.02
     journal = Journal(lab.path)
+
+    def answer(payload: int) -> list[int]:
+        if payload == 12:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        return [payload]
+
+    lab.answer = answer
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     scheduler = TaskScheduler(lab.fetch, ExecutionPolicy(concurrency=2), journal=journal)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.15, 5.0)
         with pytest.raises(KeyboardInterrupt) as caught:
             scheduler.run(range(10_000))
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
         journal.close()
     told = [result.task.payload for result in report_of(caught.value).results if result.status.value == "succeeded"]
@@ -280,6 +292,7 @@ def test_ctrl_c_loses_no_answer(tmp_path: Path) -> None:
     assert told
     assert stored == set(told)
     lab.calls.clear()
+    lab.answer = lambda payload: [payload]
     with Journal(lab.path) as again:
         report = TaskScheduler(lab.fetch, ExecutionPolicy(concurrency=2), journal=again).run(range(len(told) + 5))
     assert report.all_succeeded
@@ -318,6 +331,7 @@ class Place:
 VALUES = [None, True, 0, -5, 1e300, 0.1, "", "ä\U0001f600", "\ud800", [1, [2]], {"a": {"b": None}}, "x" * 10_000]
 
 
+@IN_THREADS
 def test_values_come_back_as_they_were(lab: Lab) -> None:
     lab.answer = lambda number: VALUES[number]
     for _ in range(2):
@@ -327,6 +341,7 @@ def test_values_come_back_as_they_were(lab: Lab) -> None:
     assert len(lab.calls) == len(VALUES)
 
 
+@IN_A_LOOP
 def test_what_json_does_not_know_comes_back_by_a_codec(lab: Lab) -> None:
     given = [Place("x"), {1: (2, 3)}, {4, 5}, datetime(2026, 5, 1, tzinfo=UTC), b"\0"]
     lab.answer = lambda number: given[number]
@@ -335,12 +350,14 @@ def test_what_json_does_not_know_comes_back_by_a_codec(lab: Lab) -> None:
     assert len(lab.calls) == len(given)
 
 
+@IN_THREADS
 def test_json_gives_lists_for_tuples_and_text_for_keys(lab: Lab) -> None:
     lab.answer = lambda number: ({number: number}, 2)
     assert values(lab.live([1], policy())) == [({1: 1}, 2)]
     assert values(lab.live([1], policy())) == [[{"1": 1}, 2]]
 
 
+@IN_A_LOOP
 def test_a_value_that_cannot_be_stored_is_that_tasks_error(lab: Lab) -> None:
     lab.answer = lambda number: object() if number == 1 else {number} if number == 2 else number
     ran = lab.live(range(4), policy())
@@ -352,6 +369,7 @@ def test_a_value_that_cannot_be_stored_is_that_tasks_error(lab: Lab) -> None:
     assert len(lab.calls) == 4
 
 
+@IN_THREADS
 def test_a_codec_that_makes_no_text_is_that_tasks_error(lab: Lab) -> None:
     class Odd:
         @staticmethod
@@ -368,6 +386,7 @@ def test_a_codec_that_makes_no_text_is_that_tasks_error(lab: Lab) -> None:
     assert "codec made list of the value" in str(ran.report.results[0].error)
 
 
+@IN_A_LOOP
 def test_a_value_that_cannot_be_read_again_is_not_lost(lab: Lab) -> None:
     class Codec:
         broken = False
@@ -391,10 +410,11 @@ def test_a_value_that_cannot_be_read_again_is_not_lost(lab: Lab) -> None:
     assert lab.asked == [0, 1, 2]
 
 
+@IN_THREADS
 def test_another_codec_is_refused_and_the_file_untouched(lab: Lab) -> None:
     lab.live(range(3), policy())
     before = rows(lab.path, "SELECT * FROM tasks")
-    with pytest.raises(StorageError, match="was written by the codec _Json, which pickle cannot read"):
+    with pytest.raises(StorageError, match="has values stored as JSON, and pickle is given now"):
         Journal(lab.path, codec=pickle)
     assert rows(lab.path, "SELECT * FROM tasks") == before
     assert values(lab.live(range(3), policy())) == [[0], [1], [2]]
@@ -406,6 +426,7 @@ PAYLOADS = [
 ]
 
 
+@IN_A_LOOP
 def test_payloads_of_many_kinds_are_known_again_whatever_their_order(lab: Lab) -> None:
     lab.answer = repr
     expected = {repr(payload): repr(payload) for payload in PAYLOADS}
@@ -422,6 +443,7 @@ def test_payloads_of_many_kinds_are_known_again_whatever_their_order(lab: Lab) -
     [(b"\x12", "12"), (ROOT, str(ROOT)), (date(2026, 5, 1), "2026-05-01"), ({1: 2}, {"1": 2}), ({"a"}, ['"a"'])],
     ids=["bytes", "path", "date", "keys", "set"],
 )
+@IN_THREADS
 def test_payloads_that_are_not_equal_are_not_taken_for_each_other(lab: Lab, one: Any, other: Any) -> None:
     lab.answer = repr
     lab.live([one], policy())
@@ -429,6 +451,7 @@ def test_payloads_that_are_not_equal_are_not_taken_for_each_other(lab: Lab, one:
 
 
 @pytest.mark.parametrize("limits", [[], [Window(100, 1)]], ids=["free", "kept"])
+@IN_A_LOOP
 def test_a_payload_without_a_stable_form_is_that_tasks_error_and_not_asked(lab: Lab, limits: list[Any]) -> None:
     odd = object()
     ran = lab.live([1, odd, 2], policy(limits=limits, retry=RetryPolicy(3, backoff=0.0)))
@@ -440,6 +463,7 @@ def test_a_payload_without_a_stable_form_is_that_tasks_error_and_not_asked(lab: 
     assert lab.asked == [1, 2]
 
 
+@IN_THREADS
 def test_with_a_key_of_its_own_any_payload_will_do(lab: Lab) -> None:
     lab.answer = lambda payload: "done"
     assert lab.live([Task(object(), key=("a", 1)), Task(object(), key="b")], policy()).report.all_succeeded
@@ -449,6 +473,7 @@ def test_with_a_key_of_its_own_any_payload_will_do(lab: Lab) -> None:
     assert [event.index for event in ran.of(RECALLED)] == [0, 1]
 
 
+@IN_A_LOOP
 def test_equal_payloads_have_a_result_each(lab: Lab) -> None:
     numbers: Iterator[int] = iter(range(100))
     lab.answer = lambda payload: next(numbers)
@@ -461,6 +486,7 @@ def test_equal_payloads_have_a_result_each(lab: Lab) -> None:
     assert lab.asked == ["x"] * 9
 
 
+@IN_THREADS
 def test_a_key_names_a_task_whatever_its_payload_and_a_second_one_is_a_duplicate(lab: Lab) -> None:
     inputs = [(1, "a"), (2, "b"), (1, "c"), (3, "d")]
     lab.live(inputs, policy(concurrency=1), key=lambda pair: pair[0], cut=2.5)
@@ -470,6 +496,7 @@ def test_a_key_names_a_task_whatever_its_payload_and_a_second_one_is_a_duplicate
     assert len(lab.calls) == 4, "of which one was in flight"
 
 
+@IN_A_LOOP
 def test_priorities_hold_among_what_is_left(lab: Lab) -> None:
     inputs = [Task(n, priority=n % 3) for n in range(9)]
     lab.live(inputs, policy(concurrency=1), cut=2.5)
@@ -480,6 +507,7 @@ def test_priorities_hold_among_what_is_left(lab: Lab) -> None:
     assert lab.asked == [n for n in [0, 3, 6, 1, 4, 7, 2, 5, 8] if n not in begun]
 
 
+@IN_THREADS
 def test_batches_are_of_what_is_asked(lab: Lab) -> None:
     batches = policy(concurrency=4, batch_size=4, batch_backoff=10.0)
     lab.live(range(12), batches, cut=5.0)
@@ -490,6 +518,7 @@ def test_batches_are_of_what_is_asked(lab: Lab) -> None:
     assert begun == [begun[0]] * 4 + [begun[0] + 11.0] * 4, "the four that were recalled are none of a batch"
 
 
+@IN_A_LOOP
 def test_each_lane_goes_on(lab: Lab) -> None:
     inputs = [(lane, n) for n in range(4) for lane in range(30)]
     lanes: dict[str, Any] = {"lane_by": lambda pair: pair[0]}
@@ -557,6 +586,34 @@ def test_a_throttled_attempt_does_not_count(lab: Lab) -> None:
     assert [number for _, _, number in lab.calls] == [1, 1, 1]
     assert lab.instants == [0.0, 6.0, 12.0], "the pause goes on"
     assert (ran.report.results[0].attempts, ran.report.by_source["default"].throttled) == (1, 2)
+
+
+def test_what_the_attempts_of_a_task_used_is_known_in_every_life(lab: Lab) -> None:
+    def answer(payload: int) -> int:
+        current_attempt().record(tokens=5)
+        if len(lab.calls) < 4:
+            raise RateLimitError("slower", retry_after=2.0) if len(lab.calls) < 3 else TransientError("busy")
+        return payload
+
+    lab.answer = answer
+    for cut in (2.0, None, None):
+        ran = lab.live([7], policy(retry=STEADY), cut=cut)
+    assert len(lab.calls) == 4
+    (result,) = ran.report.results
+    assert (result.attempts, dict(result.usage)) == (2, {"calls": 4, "tokens": 20})
+    assert ran.report.by_source["default"].usage == {"calls": 4, "tokens": 20}
+
+
+def test_what_was_throttled_is_told_of_a_task_that_is_recalled(lab: Lab) -> None:
+    lab.answer = lambda payload: failing(payload) if len(lab.calls) > 2 else throttled()
+    for _ in range(2):
+        (result,) = lab.live([7], policy(retry=STEADY)).report.results
+        assert (result.attempts, dict(result.usage)) == (1, {"calls": 3})
+    assert len(lab.calls) == 3
+
+
+def throttled() -> Any:
+    raise RateLimitError("slower", retry_after=2.0)
 
 
 def failing(payload: int) -> int:
@@ -691,6 +748,74 @@ def test_a_call_with_limits_is_in_the_file_before_it_is_made(lab: Lab) -> None:
     assert known == [True] * 10
 
 
+class Locked:
+    """The file, locked by another program until it is told to let go."""
+
+    def __init__(self, path: Path, then: Callable[[], object]) -> None:
+        self._other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._other.execute("BEGIN IMMEDIATE")
+        self._then = then
+        self.is_over = False
+        self._thread = threading.Thread(target=self._let_go)
+        self._thread.start()
+
+    def _let_go(self) -> None:
+        time.sleep(0.05)        # in which somebody comes to wait for it
+        self._then()
+        time.sleep(0.05)
+        self.is_over = True
+        self._other.close()
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+@pytest.mark.parametrize("name", ["threads", "asyncio", "in thread"])
+def test_a_call_that_is_given_up_before_it_is_in_the_file_is_not_made(name: str, tmp_path: Path) -> None:
+    path, world, token, made = tmp_path / "run.db", WORLDS[name](), CancellationToken(), list[int]()
+    locks: list[Locked] = []
+
+    def work(payload: int) -> int:
+        made.append(payload)
+        locks.append(Locked(path, token.cancel))
+        return payload
+
+    given = policy(limits=[Window(9, 1.0)], concurrency=1)
+    with Journal(path) as journal:
+        report = world.run_with(world.scheduler(work, given, on_event=print, journal=journal), range(3), token)
+    locks[0].join()
+    world.close()
+    assert made == [0]
+    assert [result.status.value for result in report.results] == ["succeeded", "cancelled", "cancelled"]
+
+
+def test_a_loop_goes_on_while_a_commit_waits(tmp_path: Path) -> None:
+    path, ticks, locks = tmp_path / "run.db", list[float](), list[Locked]()
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            if locks and not locks[0].is_over:
+                ticks.append(time.monotonic())
+
+    async def work(payload: int) -> int:
+        if payload == 0:
+            locks.append(Locked(path, lambda: None))
+        return payload
+
+    async def main() -> list[int]:
+        ticking = asyncio.create_task(tick())
+        scheduler = AsyncTaskScheduler(work, policy(limits=[Window(9, 1.0)], concurrency=1), journal=journal)
+        report = await scheduler.run(range(3))
+        ticking.cancel()
+        return report.values()
+
+    with Journal(path) as journal:
+        assert asyncio.run(main()) == [0, 1, 2]
+    locks[0].join()
+    assert len(ticks) > 3, "the loop stood still while the file was locked"
+
+
 # ---- routes ----------------------------------------------------------------------------------------------------------
 
 
@@ -805,7 +930,10 @@ def test_queries_of_two_levels_or_sources_are_told_apart(lab: Lab) -> None:
         return [lab.source(name) for name in "xy"]
 
     first = lab.live(["a"], policy(), sources=sources, plan=Same())
+    lab.rest(100.0)
     again = lab.live(["a"], policy(), sources=sources, plan=Same())
+    for one, other in zip(first.report.results, again.report.results, strict=True):
+        assert (one.started_at, one.duration, one.usage) == (other.started_at, other.duration, other.usage)
     assert [result.value for result in first.report.results] == [result.value for result in again.report.results]
     assert len({str(result.value) for result in again.report.results}) == 4
 
@@ -823,6 +951,7 @@ def test_another_plan_is_noticed(lab: Lab, caplog: pytest.LogCaptureFixture) -> 
 # ---- limits, budgets and breakers go on ------------------------------------------------------------------------------
 
 
+@IN_THREADS
 def test_a_rate_goes_on(lab: Lab) -> None:
     limited = policy(limits=[RateLimit(per_second=0.5, burst=3)], concurrency=9)
     lab.live(range(20), limited, cut=5.0)
@@ -835,6 +964,7 @@ def test_a_rate_goes_on(lab: Lab) -> None:
     assert lab.instants[:8] == pytest.approx([0, 0, 0, 2, 4, 8, 8, 10]), "nor is any of it lost"
 
 
+@IN_A_LOOP
 def test_a_window_goes_on_and_what_was_in_flight_counts(lab: Lab) -> None:
     limited = policy(limits=[Window(3, 10)], concurrency=9)
     lab.seconds = 4.0
@@ -847,9 +977,9 @@ def test_a_window_goes_on_and_what_was_in_flight_counts(lab: Lab) -> None:
     assert lab.instants[3] <= 17.0, "a slot that was in flight counts from the restart at the latest"
 
 
+@IN_THREADS
 def test_what_a_window_still_holds_counts_from_when_a_call_had_to_end(lab: Lab) -> None:
     limited = policy(limits=[Window(3, 10)], concurrency=9, timeout=1.0)
-    lab.seconds = math.inf if not lab.is_async else 99.0
     lab.seconds = 99.0
     lab.live(range(3), limited, cut=0.5)
     lab.seconds = 0.5
@@ -858,6 +988,7 @@ def test_what_a_window_still_holds_counts_from_when_a_call_had_to_end(lab: Lab) 
     assert lab.instants[3:] == [30.5] * 3, "a call cannot have had its outcome later than its timeout says"
 
 
+@IN_A_LOOP
 def test_a_pause_that_was_asked_for_goes_on(lab: Lab) -> None:
     def answer(payload: int) -> int:
         if len(lab.calls) == 1:
@@ -872,6 +1003,7 @@ def test_a_pause_that_was_asked_for_goes_on(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("rest", [2.0, 50.0])
+@IN_THREADS
 def test_an_open_breaker_goes_on(lab: Lab, rest: float) -> None:
     def answer(payload: int) -> int:
         if lab.world.now() < 50.0:
@@ -887,6 +1019,7 @@ def test_an_open_breaker_goes_on(lab: Lab, rest: float) -> None:
     assert lab.instants[3:5] == ([33.0, 74.0] if rest == 2.0 else [65.0, 66.0])
 
 
+@IN_A_LOOP
 def test_a_probe_that_was_out_is_made_again(lab: Lab) -> None:
     lab.answer = lambda payload: failing(1) if lab.world.now() < 5.0 else payload
     broken = policy(
@@ -899,6 +1032,7 @@ def test_a_probe_that_was_out_is_made_again(lab: Lab) -> None:
     assert lab.instants[2:] == [11.5, 12.5, 13.5, 14.5]
 
 
+@IN_THREADS
 def test_failures_in_a_row_count_on(lab: Lab) -> None:
     lab.answer = lambda payload: failing(1)
     broken = policy(concurrency=1, breaker=BreakerPolicy(failures=4, reset_after=100.0))
@@ -911,6 +1045,7 @@ def test_failures_in_a_row_count_on(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "budget", [6, {"calls": 6}, {"tokens": 30.0}, {"cost": 3.0}], ids=["calls", "by name", "tokens", "cost"]
 )
+@IN_A_LOOP
 def test_a_budget_is_of_all_lives(lab: Lab, budget: Any) -> None:
     def answer(payload: int) -> int:
         current_attempt().record(tokens=5, cost=0.5)
@@ -931,6 +1066,7 @@ def test_a_budget_is_of_all_lives(lab: Lab, budget: Any) -> None:
     assert fresh.report.by_source["default"].calls == 6, "what it may use in all is there again"
 
 
+@IN_THREADS
 def test_a_budget_of_several_sources_is_of_all_lives(lab: Lab) -> None:
     def sources() -> list[Source]:
         return [lab.source("a", budget=2, cost=1.0), lab.source("b", cost=1.0)]
@@ -956,6 +1092,7 @@ class Day:
         return NOON + float(self._lab.world.clock.now())
 
 
+@IN_A_LOOP
 def test_a_quota_goes_on_until_its_midnight(lab: Lab) -> None:
     day = Day(lab)
 
@@ -975,6 +1112,7 @@ def test_a_quota_goes_on_until_its_midnight(lab: Lab) -> None:
     assert len(lab.calls) == 10
 
 
+@IN_THREADS
 def test_a_quota_of_several_sources_goes_on_as_one(lab: Lab) -> None:
     day = Day(lab)
 
@@ -988,6 +1126,7 @@ def test_a_quota_of_several_sources_goes_on_as_one(lab: Lab) -> None:
     assert len(lab.calls) == 6
 
 
+@IN_A_LOOP
 def test_a_quota_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     day = Day(lab)
     daily = policy(quota=Quota(6, per="day", now_fn=day.now), concurrency=1)
@@ -997,6 +1136,7 @@ def test_a_quota_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     assert len(lab.calls) == 6
 
 
+@IN_THREADS
 def test_a_quota_that_lanes_share_goes_on_whichever_comes_first(lab: Lab) -> None:
     day = Day(lab)
 
@@ -1009,6 +1149,7 @@ def test_a_quota_that_lanes_share_goes_on_whichever_comes_first(lab: Lab) -> Non
     assert len(lab.calls) == 10
 
 
+@IN_A_LOOP
 def test_limits_that_sources_share_go_on_as_the_last_of_them_left_them(lab: Lab) -> None:
     def sources() -> list[Source]:
         shared = RateLimiter(Window(4, 100.0), now_fn=lab.world.clock.now, sleep_fn=lab.world.clock.sleep)
@@ -1024,6 +1165,7 @@ def test_limits_that_sources_share_go_on_as_the_last_of_them_left_them(lab: Lab)
 
 @pytest.mark.parametrize("order", ["ba", "b", "xba"])
 @pytest.mark.parametrize("kind", ["limits", "quota"])
+@IN_THREADS
 def test_what_sources_share_goes_on_whichever_of_them_are_left(lab: Lab, order: str, kind: str) -> None:
     def sources(names: str) -> Callable[[], list[Source]]:
         def make() -> list[Source]:
@@ -1040,6 +1182,7 @@ def test_what_sources_share_goes_on_whichever_of_them_are_left(lab: Lab, order: 
     assert len(lab.calls) == 4
 
 
+@IN_A_LOOP
 def test_a_source_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     source = lab.source("a", limits=[Window(6, 100.0)])
     for count in (1, 2, 4, 6, 8):
@@ -1047,6 +1190,7 @@ def test_a_source_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     assert lab.instants == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
+@IN_THREADS
 def test_a_scheduler_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     with Journal(lab.path) as journal:
         kind: Any = AsyncTaskScheduler if lab.is_async else TaskScheduler
@@ -1056,6 +1200,7 @@ def test_a_scheduler_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     assert lab.instants == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
 
 
+@IN_A_LOOP
 def test_a_limiter_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     shared = RateLimiter(Window(7, 100.0), now_fn=lab.world.clock.now, sleep_fn=lab.world.clock.sleep)
     for count in (1, 2, 4, 6):
@@ -1064,6 +1209,7 @@ def test_a_limiter_that_lives_on_is_not_charged_twice(lab: Lab) -> None:
     assert shared.try_acquire(), "the seventh"
 
 
+@IN_THREADS
 def test_a_wall_clock_that_steps_back_frees_nothing(lab: Lab) -> None:
     limited = policy(limits=[Window(2, 10.0)])
     lab.rest(1000.0)
@@ -1074,10 +1220,12 @@ def test_a_wall_clock_that_steps_back_frees_nothing(lab: Lab) -> None:
     assert back.calls == [], "as if no time had passed"
     ran = back.live(range(9), limited)
     assert ran.report.all_succeeded
+    assert back.instants[0] <= 516.0, "nor does it hold up for longer"
     assert most_in_any_window(back.instants, 10.0) == 2
     back.world.close()
 
 
+@IN_A_LOOP
 def test_another_limit_takes_over_what_was_taken_of_its_kind(lab: Lab) -> None:
     lab.live(range(3), policy(limits=[Window(3, 100.0)]))
     lab.live(range(9), policy(limits=[RateLimit(per_second=1.0), Window(4, 100.0)]), cut=50.0)
@@ -1315,8 +1463,6 @@ def test_more_lanes_than_are_kept_count_in_all_lives(tmp_path: Path) -> None:
     assert report.values() == [*range(count * 2)]
     assert sum(source.recalled for source in report.by_source.values()) == count
     assert sum(source.calls for source in report.by_source.values()) == 2 * count
-    again = live(inputs)
-    assert sum(source.calls for source in again.by_source.values()) == 2 * count
 
 
 # ---- an oracle -------------------------------------------------------------------------------------------------------
@@ -1440,7 +1586,7 @@ def live_through(seed: int, name: str, folder: Path, max_cuts: int) -> None:
 def test_a_run_in_pieces_comes_to_the_same_as_one_in_one_piece(
     name: str, stress_count: Callable[[int], int], tmp_path: Path
 ) -> None:
-    for seed in range(stress_count(6)):
+    for seed in range(stress_count(4)):
         try:
             live_through(seed, name, tmp_path / f"{seed}", max_cuts=3)
         except BaseException as error:

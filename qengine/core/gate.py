@@ -134,6 +134,12 @@ class Gate:
             other.pause(self._paused_until - now + to)
         return other
 
+    def beside(self, limit_sets: Sequence[LimitSet], lock: Lock) -> Gate:
+        """Return another of the same state, behind which there are more limits."""
+        other = Gate([*self._limit_sets, *limit_sets], self._policy, lock, self._lent, self._adaptive)
+        other.breaker, other.feedback, other._paused_until = self.breaker, self.feedback, self._paused_until
+        return other
+
     def dump(self, now: float) -> dict[str, Any]:
         """Return the state as plain values, but for what others own, and an adaptive concurrency, which begins anew."""
         return {

@@ -173,7 +173,7 @@ class Attempt:
         other = Attempt(self.payload, self.task, self.lane)
         other.index, other.number, other.rank, other.trail = self.index, self.number, self.rank, self.trail
         other.is_plain = False
-        other.entry = self.entry
+        other.entry = None if self.entry is None else self.entry.successor()
         other.node = getattr(self, "node", None)
         self.followed_by = other
         return other
@@ -444,6 +444,8 @@ class Lane:
 
     def renew(self) -> None:
         """Make it ready for another run: all but the budget left and the calls that still hang begins anew."""
+        if self.supply is not None:
+            self.supply.renew()
         self.joined = False  # whether it is among the run's lanes
         self.forgotten = False  # whether it was: its key is to have another
         self.running = 0
@@ -499,6 +501,7 @@ class Lane:
             and self.batch_started == 0
             and self.batch_at <= now
             and self.wake_at == math.inf
+            and not (self.supply is not None and self.supply.has_rest)
             and not self.watching
             and self.gate.is_as_new(now)
         )
@@ -520,13 +523,17 @@ class Lane:
     @property
     def units(self) -> set[str]:
         """What is counted of its calls: by its limits, its allowances, its prices, and everywhere."""
-        return self.gate.units | self.tariff.units | RECORDABLE | (set() if self.purse is None else self.purse.units)
+        units: set[str] = self.gate.units | self.tariff.units | RECORDABLE
+        for part in (self.purse, self.supply):
+            units |= set() if part is None else part.units
+        return units
 
     def check(self, amount: Amount, others: Set[str] = frozenset()) -> None:
         """Refuse an amount that could never be had, or of a unit that neither it nor others count."""
         self.gate.check(amount, self.units | others)
-        if self.purse is not None:
-            self.purse.check(amount)
+        for part in (self.purse, self.supply):
+            if part is not None:
+                part.check(amount)
 
     def head(self) -> Attempt | None:
         """Return the task to be admitted next."""

@@ -136,7 +136,7 @@ class Purse:
     def fits(self, parts: Parts) -> bool:
         """Say whether all of it is there."""
         return all(
-            allowance.fits(part) or self._is_let_pass(allowance, part)
+            allowance.fits(part) or self.lets_pass(allowance, part)
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 
@@ -144,7 +144,7 @@ class Purse:
         """Say whether all of it is there, or would be if what is reserved were not used after all; a call always is."""
         return all(
             (allowance.fits if allowance.unit == "calls" else allowance.might_fit)(part)
-            or self._is_let_pass(allowance, part)
+            or self.lets_pass(allowance, part)
             for allowance, part in zip(self.allowances, parts, strict=True)
         )
 
@@ -165,7 +165,7 @@ class Purse:
         holds: list[Hold] = []
         for allowance, part in zip(self.allowances, parts, strict=True):
             hold = allowance.reserve(part)
-            if hold is None and self._is_let_pass(allowance, part):
+            if hold is None and self.lets_pass(allowance, part):
                 hold = allowance.note()
             if hold is None:
                 self.undo(holds)
@@ -194,5 +194,6 @@ class Purse:
             remaining[allowance.unit] = min(left, remaining.get(allowance.unit, left))
         return remaining
 
-    def _is_let_pass(self, allowance: Allowance, part: float) -> bool:
+    def lets_pass(self, allowance: Allowance, part: float) -> bool:
+        """Say whether a call that uses nothing of an allowance is made though that is used up."""
         return not part and self._is_free and allowance in self._pooled_cost

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappush
 from typing import Any, NamedTuple
 
-from ..errors import TaskError, TaskTimeoutError
+from ..errors import StorageError, TaskError, TaskTimeoutError
 from ..model import OTHERS, Amount, Event, Hop, SourceReport, Task, TaskStatus
 from ..policy import StopConditions
 from .backoff import Uniform, backoff_delay
@@ -245,7 +245,7 @@ class Run:
             return True
         if not self._keeps_bare(attempt):
             lane.took(attempt.duration)
-        if lane.gate.active or lane.purse is not None:
+        if lane.gate.active or lane.purse is not None or lane.supply is not None:
             self._tell_gate(attempt, now, True, used)
             self._adapt(attempt, now, congested=False)
         attempt.outcome = outcome
@@ -678,6 +678,10 @@ class Run:
             attempt.reason, attempt.outcome = "duplicate", None
             self._end(attempt, SKIPPED, now)
             return
+        if self.stop_reason is not None:
+            attempt.outcome = None
+            self._cancel_one(attempt, now)
+            return
         attempt.lane.stats.recalled += 1
         self._tell("recalled", now, attempt, status.value)
         self._end(attempt, status, now, recalled=True)
@@ -789,6 +793,9 @@ class Run:
 
     def _feed_failed(self, feed: Feed, error: BaseException, now: float) -> None:
         """An input iterator that raises ends the intake, and is raised again at the end; a plan's error is a result."""
+        if isinstance(error, StorageError):  # what a journal knows cannot be read: the input is not to blame
+            self.fail(error, now)
+            return
         if feed.node is None:
             self.input_error = error
             self.intake_cut = True
@@ -828,6 +835,8 @@ class Run:
             if attempt is None:
                 if self._data is not None and lane.resume_at == INF:
                     continue  # all that was taken had its result at once
+                if lane.supply is not None and lane.supply.is_left_over():
+                    return self._pull(lane.supply.feed, now)
                 # What was there may have been skipped: there may be more to pull now.
                 feed = None if tree is None else tree.next_feed(lane)
                 return None if feed is None else self._pull(feed, now)
@@ -946,8 +955,10 @@ class Run:
         if lane.budget is not None and lane.budget < 1 and not has_budget:
             return Standing.NEVER
         purse = lane.purse
-        if lane.supply is not None and lane.supply.is_spent(now):
-            return Standing.NEVER
+        supply = lane.supply
+        if supply is not None and purse is not None and supply.is_spent(now, attempt.amount):
+            is_used = any(self._in_flight[allowance] for allowance in purse.allowances)
+            return Standing.LATER if is_used and supply.might_return(attempt.amount) else Standing.NEVER
         if purse is None or purse.fits(parts := purse.parts(attempt.amount)):
             return Standing.NOW
         may_get_back = any(self._in_flight[allowance] for allowance in purse.allowances)
@@ -1058,6 +1069,8 @@ class Run:
             self._look_again()
         if attempt.lane.supply is not None:
             attempt.lane.supply.ended(attempt, used)
+            if attempt.lane.supply.news:
+                self._activate(attempt.lane)
         if not gate.active:
             return
         if used is not None or gate.has_windows:
@@ -1093,6 +1106,7 @@ class Run:
         lane.gate.pause(now + delay)  # whatever becomes of this task
         if lane.supply is not None:
             lane.supply.pause(delay)
+            self._activate(lane)
         if now + delay >= trail.give_up_at:
             self._fail(attempt, error, now)
         elif self._keeps_trying(attempt, error, now):
@@ -1175,7 +1189,7 @@ class Run:
             lane.success_count += 1
             if self.records is not None and self._keeps_bare(attempt):
                 kept = (attempt.payload, attempt.outcome, lane.name, attempt.started_at, attempt.duration)
-                self.records[attempt.index] = kept if self._tree is None else found(attempt, now)
+                self.records[attempt.index] = kept if self._tree is None else found(attempt)
             if self._tree is not None:
                 self._tree.follow(attempt)
                 if attempt.outcome:
@@ -1195,6 +1209,8 @@ class Run:
             lane.delivered += 1
             if lane.delivered >= lane.resume_at:
                 self._resume(lane)
+        if lane.supply is not None:
+            self._activate(lane)  # it may have fetched a permit for this one
         if self.crowd:
             self._thin(now)
         if lane.batch_size is not None and attempt.number and not recalled:
@@ -1221,21 +1237,19 @@ class Run:
         self.fatal = self.fatal or error
         self.stop_reason = self.stop_reason or "journal"
         for item in items:
-            if isinstance(item, tuple) and not isinstance(item, Tried):
-                index, (payload, *_), _, lane = item
-                item = Attempt(payload, None, lane)
-                item.index, item.status, item.started_at, item.duration = index, SUCCEEDED, self.begun_at, 0.0
-                item.number = 1
-            if isinstance(item, Attempt) and item.status is not None and item.status not in (CANCELLED, SKIPPED):
-                if item.status is SUCCEEDED:
-                    item.outcome = None
-                    item.lane.success_count -= 1
-                else:
-                    item.lane.stats.failure_count -= 1
-                item.status, item.reason = CANCELLED, "not_committed"
-                item.lane.stats.cancelled_count += 1
-                if self.records is not None:
-                    self.records[item.index] = item
+            attempt = uncommitted(item)
+            if attempt is None:
+                continue
+            lane = attempt.lane
+            if type(attempt.outcome) is Raised:
+                lane.stats.failure_count -= 1
+            else:
+                lane.success_count -= 1
+            lane.stats.cancelled_count += 1
+            if isinstance(item, Attempt):  # a stream is to hand out the same
+                item.status, item.outcome, item.reason = CANCELLED, attempt.outcome, attempt.reason
+            if self.records is not None:
+                self.records[attempt.index] = attempt
 
     def _keeps_bare(self, attempt: Attempt) -> bool:
         """Say whether of a task that succeeds only little is kept, from which its latency can be told."""
@@ -1379,6 +1393,8 @@ class Run:
     def _move(self, attempt: Attempt, other: Lane) -> None:
         """Have a task that is in no queue wait in another lane, in its turn."""
         lane = attempt.lane
+        if lane.supply is not None:
+            self._activate(lane)
         lane.taken -= 1
         if lane.resume_at < INF:
             lane.resume_at -= 1
@@ -1555,7 +1571,7 @@ class Run:
 
     def _drop_pulls(self, now: float) -> None:
         for feed in sorted(self._pulls, key=lambda feed: feed.pulled_at):
-            if feed.kind is not FeedKind.PROBE:
+            if feed.kind not in (FeedKind.PROBE, FeedKind.SUPPLY):
                 self._collect(feed, now)
             self._steps.append(Cancel(feed, str(self.stop_reason)))
         self._pulls.clear()
@@ -1567,7 +1583,12 @@ class Run:
     def _idle(self, now: float) -> Step:
         if not self._running and self._hold is not None and self._pulls == {self._hold.probe} and self._is_done():
             self._set_timer(now + PULLS_DROPPED_AFTER, Timer.PULLS, None)  # it is not to hold up the end
-        if not self._running and not self._pulls and self._is_done():
+        is_done = not self._running and self._is_done()
+        if is_done and (feed := self._last_word()) is not None:
+            if self.stop_reason is not None:
+                self._set_timer(now + PULLS_DROPPED_AFTER, Timer.PULLS, None)
+            return self._pull(feed, now)
+        if is_done and not self._pulls:
             self._over = True
             for lane in self.lanes:
                 lane.gate.leave(lane)
@@ -1579,6 +1600,17 @@ class Run:
         if self._wait.until != self.due_at:
             self._wait = Wait(self.due_at)
         return self._wait
+
+    def _last_word(self) -> Feed | None:
+        """Return the feed of a supply that is to give back what it has, and to tell the last of its news."""
+        for lane in self.lanes:
+            supply = lane.supply
+            if supply is not None and not (supply.is_closing or supply.feed.pulling):
+                supply.is_closing = True
+                if supply.has_rest:
+                    feed: Feed = supply.feed
+                    return feed
+        return None
 
     def _is_done(self) -> bool:
         if self.stop_reason is not None:
@@ -1631,6 +1663,26 @@ class Run:
                 self._note(Event(kind, now, detail=detail))
             else:
                 self._note(Event(kind, now, attempt.lane.name, attempt.index, attempt.number, detail))
+
+
+def uncommitted(item: Any) -> Attempt | None:
+    """Return what becomes of a result in the log that is not committed: it is none; None where it was none before."""
+    if isinstance(item, tuple) and not isinstance(item, Tried):
+        index, (payload, _, _, started_at, duration), _, lane = item
+        attempt = Attempt(payload, None, lane)
+        attempt.number = 1
+    elif isinstance(item, Attempt) and item.status is not None and item.status not in (CANCELLED, SKIPPED):
+        index, lane = item.index, item.lane
+        started_at, duration = (item.started_at, item.duration) if item.attempts else (0.0, 0.0)
+        attempt = Attempt(item.payload, item.task, lane)
+        attempt.number, attempt.rank, attempt.trail = item.number, item.rank, item.trail
+        attempt.node = getattr(item, "node", None)
+        attempt.outcome = item.outcome if type(item.outcome) is Raised else None
+    else:
+        return None
+    attempt.index, attempt.started_at, attempt.duration = index, started_at, duration
+    attempt.status, attempt.reason = CANCELLED, "not_committed"
+    return attempt
 
 
 def _is_singular(amount: Amount) -> bool:

@@ -81,11 +81,12 @@ class Found(NamedTuple):
     """Which query about the node it was."""
 
 
-def found(attempt: Attempt, now: float) -> Found:
-    """Return what is kept of such a query, which has just succeeded."""
+def found(attempt: Attempt) -> Found:
+    """Return what is kept of such a query, which has succeeded."""
     assert attempt.rank is not None and attempt.task is not None
     payload, number = attempt.task.payload, attempt.rank[3]
-    return Found(payload, attempt.outcome, attempt.lane, attempt.started_at, now, attempt.node, number)
+    ended_at = attempt.started_at + attempt.duration
+    return Found(payload, attempt.outcome, attempt.lane, attempt.started_at, ended_at, attempt.node, number)
 
 
 class Tree:

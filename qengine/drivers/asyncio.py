@@ -144,6 +144,7 @@ class TaskCrew(Crew):
 
     def start(self) -> None:
         """Begin."""
+        self.is_started = True
         self.clock.attach(self._loop)
         self._pump(None, look_again, ())
 
@@ -400,6 +401,20 @@ class TaskCrew(Crew):
     def _keep(self, commits: Commits) -> None:
         if self._keeping is None:
             self._keeping = self._loop.create_task(self._commit(commits))
+            self._keeping.add_done_callback(partial(self._kept_on, commits))
+
+    def _kept_on(self, commits: Commits, task: asyncio.Task[None]) -> None:
+        """Begin anew if it was cancelled before its first step: by a stranger, for it ends by itself."""
+        if self._keeping is task:
+            self._keeping = None
+            if not self._loop.is_closed():
+                self._keep(commits)
+
+    def writes_by_itself(self) -> bool:
+        """Write what there is, for the loop would stand still; say so."""
+        if self._commits is not None:
+            self._commits.write(self._commits.take())
+        return False
 
     async def _commit(self, commits: Commits) -> None:
         """Commit what there is, off the loop, until nothing is left; then the run may be over."""
@@ -421,6 +436,7 @@ class TaskCrew(Crew):
                 self._after_pump()
         self._keeping = None
         if is_over:
+            self._threads += self._keeper.end()
             self._closed(commits)
 
     # ---- the time ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ class Writer(Protocol):
     def has(self, item: Any) -> bool:
         """Say whether an outcome was committed before, by another run."""
 
+    def concluded(self) -> None:
+        """Note that nothing more is to be written."""
+
 
 Batch = tuple[list[Any], list[Attempt], str | None]
 """Outcomes, starts, and the reason for which the run is over, if it is."""
@@ -66,6 +69,7 @@ class Commits:
         self.unsaved: list[Any] = []
         """What could not be committed, and all that came after it."""
         self.error: BaseException | None = None
+        self._writing: list[Any] = []
         self.hand_out = hand_out
         self._pause = pause
         self._is_left = False
@@ -83,9 +87,22 @@ class Commits:
         """Whether somebody is to come by when a commit is due."""
         return self.asks_at > -math.inf
 
+    def claim(self) -> None:
+        """Note that somebody is at it, or about to."""
+        self.due_at = self.asks_at = math.inf
+
     def watch(self) -> None:
         """Note that somebody comes by when a commit is due."""
         self.asks_at = self.due_at
+
+    @property
+    def uncommitted(self) -> list[Any]:
+        """What is not committed yet, as far as is known, and what will not be."""
+        return [item for item in (*self.unsaved, *self._writing, *self.pending) if not self._writer.has(item)]
+
+    def conclude(self) -> None:
+        """Say that nothing more is to be written."""
+        self._writer.concluded()
 
     @property
     def is_full(self) -> bool:
@@ -135,9 +152,10 @@ class Commits:
 
     def take(self, ended: str | None = None) -> Batch:
         """Return all there is; of starts, what is to begin stays where it is until it is done."""
-        self.due_at = self.asks_at = math.inf  # for whoever is at it sees to all
+        self.claim()
         starts = [*self.starts]
-        return [self.pending.popleft() for _ in range(len(self.pending))], starts, ended
+        self._writing = [self.pending.popleft() for _ in range(len(self.pending))]
+        return self._writing, starts, ended
 
     def write(self, batch: Batch) -> None:
         """Write it; that is all that may take long."""
@@ -160,6 +178,7 @@ class Commits:
                     self.hand_out(item)
                 else:
                     self.unsaved.append(item)
+        self._writing = []
         for _ in starts:
             self.starts.popleft()
         self.asks_at = -math.inf

@@ -83,6 +83,7 @@ class Crew:
         self.run = run
         self.clock = clock
         self.over = False
+        self.is_started = False
         self.fault: BaseException | None = None
         self.untold: deque[Callable[[], object]] = deque()  # what to call when the lock is released
         self._told_end = False
@@ -253,9 +254,13 @@ class Crew:
         elif self._pending:
             if now >= commits.due_at or (is_idle and self.run.is_quiet and commits.due_at < math.inf):
                 commits.commit(self._now_fn)
-            if self._pending and not commits.is_watched:
-                commits.watch()
-                self._ring()
+            self._look_after(commits)
+
+    def _look_after(self, commits: Commits) -> None:
+        """Have somebody come by for what has come while one was at a commit."""
+        if self._pending and not commits.is_watched:
+            commits.watch()
+            self._ring()
 
     def _close(self, commits: Commits) -> None:
         """Commit the last of it, and tell the caller that the run is over."""
@@ -279,6 +284,11 @@ class Crew:
         finally:
             self.over = True
             self._conclude()
+            commits.conclude()
+
+    def writes_by_itself(self) -> bool:
+        """Say whether what is to be committed is being written while one waits here; else it has been written now."""
+        return True
 
     def _tell_calls(self) -> None:
         """Tell what is left to tell to calls: their callbacks are the user's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import Any, ParamSpec, TypeVar
 
@@ -119,7 +120,12 @@ class Lender:
 
         loop = get_running_loop()
         future = loop.create_future()
-        job = self._send(fn, lambda value, error: loop.call_soon_threadsafe(future.set_result, None))
+
+        def reply(value: Any, error: BaseException | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(future.set_result, None)
+
+        job = self._send(fn, reply)
         while not future.done():
             try:
                 await shield(future)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty
+from threading import get_ident
 from typing import Any
 
 from ..core.lane import Attempt, Feed
@@ -49,6 +50,7 @@ class ThreadCrew(Crew):
     ) -> None:
         super().__init__(run, clock, deliver=deliver, commits=commits, after_pump=after_pump)
         self._count = 0
+        self._committers: list[Any] = []  # threads that commit, and end
         self._alarm = clock.queue()
         self._finished = clock.queue()
         self._timekeeper = clock.thread(self._keep_time, (), "qengine-time")
@@ -57,6 +59,7 @@ class ThreadCrew(Crew):
 
     def start(self) -> None:
         """Begin."""
+        self.is_started = True
         self._timekeeper.start()
 
     def post(self, method: Callable[..., object], *args: Any) -> None:
@@ -75,6 +78,8 @@ class ThreadCrew(Crew):
     def join(self) -> None:
         """Wait for the threads to end, except for those that hang."""
         self._timekeeper.join()
+        for thread in self._committers:
+            thread.join()
         for worker in list(self._hired):
             thread = worker.thread
             if worker.place is not GONE and thread is not None:
@@ -176,11 +181,32 @@ class ThreadCrew(Crew):
         """Wait until a journal knows that an attempt is about to be made."""
         assert self._commits is not None
         self._commits.begin(attempt, self._now_fn)
+        self._look_after(self._commits)
 
     def catch_up(self) -> None:
         """Wait until a journal has caught up."""
         assert self._commits is not None
         self._commits.catch_up(self._now_fn)
+        self._look_after(self._commits)
+
+    def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
+        """Commit what is due; but who keeps the time has it done: a timeout is not to wait for a disk."""
+        if self._in_turn or self._closing or get_ident() != self._timekeeper.ident:
+            super()._see_to(commits, now, is_idle)
+        elif self._pending and now >= commits.due_at:
+            commits.claim()
+            thread = self.clock.thread(self._commit, (commits,), "qengine-commit")
+            self._committers = [other for other in self._committers if other.is_alive()]
+            self._committers.append(thread)
+            thread.start()
+        else:
+            self._look_after(commits)
+
+    def _commit(self, commits: Commits) -> None:
+        commits.commit(self._now_fn)
+        self._look_after(commits)
+        if self._after_pump is not None:
+            self._after_pump()
 
     def _keep_time(self) -> None:
         while not self.over:
