@@ -317,13 +317,13 @@ class SourceReport(_Used, _Timed):
 
     `calls` counts every attempt that was started, `throttled` those of them that were answered by a
     `RateLimitError`, `rerouted` the tasks that went on to another source, `recalled` those whose result a journal had;
-    `usage` is by unit what the calls used in
-    all, `cost` and `tokens` are its units of that name.  `busy_seconds` is the time that they took, and `p50`, `p95`,
-    `p99` and `latency(q)` say how long each did, failed ones and those that were given up included, to within 1 %; None
-    where there was none.  `first_at` and `last_at` are the instants of the first and last answer, in seconds since the
-    run's start.  `remaining` is by unit what budgets and quotas had left at the end, the least where there are several;
-    `remaining_budget` the calls that it could still have made, None where nothing counts them.  Until it is first asked
-    for a latency it holds on to the run's results.
+    `usage` is by unit what the calls used in all, `cost` and `tokens` are its units of that name.  `busy_seconds` is
+    the time that they took.  With a journal these (but for `recalled`), and `retries`, are of all runs in it.  `p50`,
+    `p95`, `p99` and `latency(q)` say how long each call took, failed ones and those that were given up included, to
+    within 1 %; None where there was none.  `first_at` and `last_at` are the instants of the first and last answer, in
+    seconds since the run's start.  `remaining` is by unit what budgets and quotas had left at the end, the least where
+    there are several; `remaining_budget` the calls that it could still have made, None where nothing counts them.
+    Until it is first asked for a latency it holds on to the run's results.
     """
 
     name: str
@@ -405,7 +405,8 @@ class RunReport(Generic[P, V]):
 
     A stream hands its results out one by one, so its report keeps the sums and only those results that were never
     handed out.  `success_rate` is the share of the outcomes (successes and failures) that succeeded, 1.0 where there
-    is none; `makespan` the seconds from the first start to the last end.
+    is none; `makespan` the seconds from the first start to the last end.  What a journal could not commit is CANCELLED
+    with the reason "not_committed"; `stop_reason` is "journal" then, and "store" where a store failed.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def simulate(
 
     Args:
         executor: A ConcurrentExecutor, TaskScheduler or QueryExecutor, or an asyncio twin of those.  Its limits,
-            breakers and budgets are taken as they are now, and left as they are.
+            breakers and budgets are taken as they are now, and left as they are; its journal is not looked at.
         inputs: What `run` would be given; they are used up.
         latency: Seconds that an attempt takes: a number, or called with the attempt (its `task`, `source`, `number`);
             infinity: it hangs, until its timeout.

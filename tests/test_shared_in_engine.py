@@ -209,16 +209,22 @@ def test_a_permit_is_used_in_its_time_or_not_at_all() -> None:
     is_current = [True]
     feed = Feed(FeedKind.SUPPLY, tuple, tuple, label="store")
     supply = Supply(feed, lambda: None, is_current=lambda: is_current[0])
-    assert supply.ready_at(1, 0.0) == math.inf and supply.wanted == 1
+
+    def ask(amount: int, now: float) -> tuple[float, Any]:
+        supply.wanted = None
+        return supply.ready_at(amount, now), supply.wanted
+
+    assert ask(1, 0.0) == (math.inf, 1)
     supply.brought(Permit(1, 2.0, 5.0, True), 0.0)
-    assert (supply.ready_at(1, 1.0), supply.wanted) == (2.0, None)
+    assert ask(1, 1.0) == (2.0, None)
     feed.pulling = True  # to tell something
-    assert (supply.ready_at(1, 1.0), supply.wanted) == (2.0, None)
+    assert ask(1, 1.0) == (2.0, None)
     feed.pulling = False
-    assert (supply.ready_at(1, 5.0), supply.wanted) == (5.0, None)
-    for amount, now, current in ((1, 5.1, True), (2, 3.0, True), (1, 3.0, False)):
-        is_current[0], supply.wanted = current, None
-        assert (supply.ready_at(amount, now), supply.wanted) == (math.inf, amount)
+    assert ask(1, 5.0) == (5.0, None)
+    assert ask(1, 5.1) == (math.inf, 1)
+    assert ask(2, 3.0) == (math.inf, 2)
+    is_current[0] = False
+    assert ask(1, 3.0) == (math.inf, 1)
 
 
 def test_who_was_woken_late_loses_nothing(opened: Open) -> None:
@@ -622,8 +628,7 @@ WAYS_OUT: Mapping[str, tuple[Callable[[Any], Any], Mapping[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize(("way", "world"), [*zip(WAYS_OUT, itertools.cycle(WORLDS), strict=False)])
 def test_nothing_is_left_reserved(opened: Open, clock: VirtualClock, tmp_path: Path, world: str, way: str) -> None:
     answer, more = WAYS_OUT[way]
     server = Server(clock, 0.8, answer)
@@ -674,7 +679,7 @@ def test_an_asyncio_run_that_is_cancelled(opened: Open, tmp_path: Path) -> None:
         before = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert scheduler.last_report.success_count == 1
+        assert scheduler.last_report is not None and scheduler.last_report.success_count == 1
         return time.monotonic() - before
 
     assert asyncio.run(main()) < 0.5
@@ -692,7 +697,7 @@ def test_ctrl_c(opened: Open, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         scheduler.run(range(5))
     timer.join()
-    assert scheduler.last_report.success_count == 1
+    assert scheduler.last_report is not None and scheduler.last_report.success_count == 1
     until(lambda: left_behind(tmp_path / "shared.db") == [])
     assert quota.used == 1 and 3590 < limiter.retry_after() <= 3600
 
@@ -792,8 +797,13 @@ def test_a_prediction_takes_nothing_and_knows_the_limits(opened: Open) -> None:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("method", ["take", "begin", "reserve_quota", "settle_quota"])
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [
+        ("take", "threads"), ("take", "asyncio"), ("begin", "asyncio"), ("reserve_quota", "threads"),
+        ("settle_quota", "asyncio"),
+    ],
+)
 def test_a_store_that_fails_ends_the_run_with_its_report(
     opened: Open, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, world: str, method: str
 ) -> None:
