@@ -148,6 +148,7 @@ def test_two_runs_at_once_share_the_gate_of_a_key_though_lanes_are_forgotten() -
     assert all(later - sooner >= 0.98 for sooner, later in pairwise(outer))
 
 
+@pytest.mark.not_under_coverage("to trace memory as well takes minutes")
 def test_a_stream_over_keys_without_a_bound_costs_no_memory_for_each() -> None:
     scheduler = TaskScheduler(abs, ExecutionPolicy(concurrency=1, lookahead=4), lane_by=abs)
 

@@ -384,6 +384,7 @@ def test_a_string_is_not_taken_for_many_roots(roots: Any) -> None:
         QueryExecutor([Source("x", echo)], Digits()).run(roots)
 
 
+@pytest.mark.not_under_coverage("to trace memory as well takes minutes")
 def test_what_is_kept_of_a_large_tree_is_little() -> None:
     class Numbered:
         def queries(self, node: int, source: Source) -> Iterable[int]:

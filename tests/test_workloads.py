@@ -93,6 +93,8 @@ DRAWN = 250     # of so many seeds, each field of every policy in at least two
 
 NOT_DRAWN = {
     "Task.routes": "refused: a scheduler has one function",
+    "Quota.store": "a file has a time of its own: test_quota_store.py, test_shared_in_engine.py",
+    "Quota.key": "its name there",
     "Task.prefer": "as routes",
     "Task.metadata": "handed through",
     "Workload.seed": "names it",

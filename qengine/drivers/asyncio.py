@@ -392,6 +392,9 @@ class TaskCrew(Crew):
     def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
         if self._in_turn:
             super()._see_to(commits, now, is_idle)
+        elif self.over:
+            if self._pending:  # word of what came too late to change anything
+                commits.done(commits.take(), now)
         elif self._closing or (self._pending and (now >= commits.due_at or (is_idle and self.run.is_quiet))):
             self._keep(commits)
         elif self._pending and not commits.is_watched:

@@ -272,6 +272,7 @@ def stubborn(free: asyncio.Event) -> Callable[[Any], Any]:
     return task
 
 
+@undisturbed
 def test_as_many_calls_as_may_are_given_up_and_then_the_lane_is_shut(quietly: Quietly) -> None:
     events: list[Event] = []
 
@@ -329,6 +330,7 @@ def test_a_timeout_comes_within_50_ms(quietly: Quietly) -> None:
 # ---- memory, in the long run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_under_coverage("to trace memory as well takes minutes")
 @pytest.mark.stress
 @pytest.mark.parametrize("ordered", [False, True], ids=["as they come", "ordered"])
 def test_many_lazy_inputs_through_a_stream_cost_little(

@@ -291,6 +291,7 @@ def test_the_token_of_a_call_that_is_given_up_wakes_it() -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_under_coverage("to trace memory as well takes minutes")
 @pytest.mark.stress
 def test_many_lazy_inputs_through_a_stream_cost_little(stress_count: Callable[[int], int]) -> None:
     count = max(20_000, stress_count(20_000))
