@@ -174,7 +174,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def stress_count() -> Callable[[int], int]:
     """`stress_count(small)`: how many rounds a test marked `stress` makes: QENGINE_STRESS, or `small` without it.
 
-    In CI, where several Pythons make them, it is half of `small`; under coverage, where each takes three times as
+    In CI, where several Pythons make them, it is a quarter of `small`; under coverage, where each takes three times as
     long and the same lines are passed, an eighth.
     """
 
@@ -184,7 +184,7 @@ def stress_count() -> Callable[[int], int]:
             return int(text)
         if UNDER_COVERAGE:
             return max(3, small // 8)
-        return max(min(small, 10), small // 2) if "QENGINE_CI" in os.environ else small
+        return max(min(small, 10), small // 4) if "QENGINE_CI" in os.environ else small
 
     return count
 
