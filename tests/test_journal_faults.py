@@ -30,7 +30,7 @@ WORLDS = ["threads", "asyncio"]
 EVERY = 100
 PAGE = 4096
 
-in_processes = pytest.mark.not_under_coverage("it runs in processes of its own, which are not measured")
+pytestmark = pytest.mark.not_under_coverage("it asks nothing of the code that test_journal.py does not ask")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,6 @@ def chosen(names: Sequence[str], count: int, seed: object) -> Sequence[str]:
     return names if count >= EVERY else [random.Random(str(seed)).choice(names)]
 
 
-@in_processes
 @pytest.mark.stress
 @pytest.mark.parametrize("faults", [Rounds.deaths, Rounds.full_disks])
 @pytest.mark.parametrize("world", WORLDS)
@@ -130,7 +129,6 @@ def test_a_run_of_which_any_write_goes_wrong_is_gone_on_with(
     print(f"{world}, {faults.__name__}: {rounds}")
 
 
-@in_processes
 @pytest.mark.stress
 @pytest.mark.parametrize("faults", [Rounds.deaths, Rounds.full_disks])
 @pytest.mark.parametrize("world", WORLDS)
@@ -146,7 +144,6 @@ def test_a_run_that_goes_on_of_which_any_write_goes_wrong_is_gone_on_with(
     print(f"{world}, {faults.__name__}: {rounds}")
 
 
-@in_processes
 @pytest.mark.stress
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_full_disk_in_real_time(
@@ -159,7 +156,6 @@ def test_a_full_disk_in_real_time(
     print(f"{world}: {rounds}")
 
 
-@in_processes
 @pytest.mark.stress
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of files' sizes here")
 @pytest.mark.parametrize("how", ["torn", "refused"])
@@ -176,7 +172,6 @@ def test_a_file_that_cannot_grow_at_any_page(
     print(f"{world}, {how}: {rounds}")
 
 
-@in_processes
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_file_that_may_have_no_more_pages(world: str, nursery: Nursery, tmp_path: Path) -> None:
     """SQLite's own word for a full disk."""
@@ -321,7 +316,6 @@ def test_a_file_that_is_locked_in_the_middle_of_a_run(
     assert again.by_source["default"].recalled == len(stored)
 
 
-@in_processes
 def test_a_second_process_is_refused_and_the_first_goes_on(nursery: Nursery, tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     ends: list[Any] = []
@@ -340,7 +334,6 @@ def test_a_second_process_is_refused_and_the_first_goes_on(nursery: Nursery, tmp
     assert str(path) in text and f"process {os.getpid()}" in text
 
 
-@in_processes
 def test_the_file_of_a_process_that_died_is_free(nursery: Nursery, tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     lived = nursery.live(scenario="kept", world="threads", path=str(path), fault={"at": 60, "how": "die_before"})
