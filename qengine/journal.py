@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import fields, is_dataclass, replace
 from datetime import date, datetime
 from datetime import time as time_of_day
@@ -41,6 +41,7 @@ from .core.steps import Raised
 from .database import BUSY_SECONDS, WRITER, Database, boot_token
 from .drivers.calls import GivenUp, current_worker
 from .drivers.clock import SYSTEM_CLOCK, Clock
+from .drivers.commits import FULL
 from .errors import QEngineError, Single, StorageError, TaskError, TaskTimeoutError, refuse_type, require_kind
 from .facts import Facts, Said, name_of
 from .forks import restart_after_fork
@@ -367,6 +368,8 @@ class Recorder:
         journal.take(self)
         self.crew: Any = None
         """That of the run; set before anything is called."""
+        self.pending: Sized = ()
+        """What waits to be committed."""
         self._journal = journal
         self._database = journal.database
         self._clock = clock
@@ -490,10 +493,11 @@ class Recorder:
 
     def _called(self, lane: Lane, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Return what calls a plain function."""
+        is_json = self._is_json
 
         def call(payload: Any) -> Any:
             is_kept = lane.is_kept
-            if is_kept or not _is_scalar(payload):
+            if is_kept or not ((type(payload) is int and -_GREAT < payload < _GREAT) or _is_scalar(payload)):
                 attempt = self._attempt()
                 self.identify(attempt)
                 if is_kept:
@@ -502,10 +506,10 @@ class Recorder:
                     if (delay := self._delay(lane, admitted_at)) > 0:
                         sleep(delay)
                     self._begun(attempt)
-            if not is_kept and self.crew.is_behind:
+            if not is_kept and len(self.pending) >= FULL:
                 self.crew.catch_up()
             value = fn(payload)
-            if not (self._is_json and _is_scalar(value)):
+            if not (is_json and ((type(value) is int and -_GREAT < value < _GREAT) or _is_scalar(value))):
                 self._store(value)
             return value
 
@@ -513,10 +517,11 @@ class Recorder:
 
     def _awaited(self, lane: Lane, fn: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
         """Return what calls an async function."""
+        is_json = self._is_json
 
         async def call(payload: Any) -> Any:
             is_kept = lane.is_kept
-            if is_kept or not _is_scalar(payload):
+            if is_kept or not ((type(payload) is int and -_GREAT < payload < _GREAT) or _is_scalar(payload)):
                 attempt = self._attempt()
                 self.identify(attempt)
                 if is_kept:
@@ -527,10 +532,10 @@ class Recorder:
 
                         await wait(delay)
                     self._begun(attempt)
-            if not is_kept and self.crew.is_behind:
+            if not is_kept and len(self.pending) >= FULL:
                 await self.crew.catch_up()
             value = await fn(payload)
-            if not (self._is_json and _is_scalar(value)):
+            if not (is_json and ((type(value) is int and -_GREAT < value < _GREAT) or _is_scalar(value))):
                 self._store(value)
             return value
 

@@ -19,6 +19,7 @@ from collections.abc import (
     Mapping,
     MutableMapping,
     Sequence,
+    Sized,
 )
 from contextlib import suppress
 from contextvars import copy_context
@@ -89,6 +90,7 @@ class Recorder(Writer, Protocol):
     """One run's use of a journal."""
 
     crew: Any
+    pending: Sized
 
     @property
     def recalls(self) -> bool:
@@ -464,6 +466,7 @@ class Session:
         )
         if recorder is not None:
             recorder.crew = self.crew
+            recorder.pending = self.crew.pending
         clock.enter(self)
         restart_after_fork(self)
 

@@ -229,7 +229,7 @@ class TaskCrew(Crew):
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         told: Sized = inbox if alone else (True,)  # something is there that the pump is to see to
-        pending, commits = self._pending, self._commits
+        pending, commits = self.pending, self._commits
         set_current_worker(worker, self.clock)
         count, base = len(context), tuple(context.items())
         task = asyncio.current_task()
@@ -393,11 +393,11 @@ class TaskCrew(Crew):
         if self._in_turn:
             super()._see_to(commits, now, is_idle)
         elif self.over:
-            if self._pending:  # word of what came too late to change anything
+            if self.pending:  # word of what came too late to change anything
                 commits.done(commits.take(), now)
-        elif self._closing or (self._pending and (now >= commits.due_at or (is_idle and self.run.is_quiet))):
+        elif self._closing or (self.pending and (now >= commits.due_at or (is_idle and self.run.is_quiet))):
             self._keep(commits)
-        elif self._pending and not commits.is_watched:
+        elif self.pending and not commits.is_watched:
             commits.watch()
             self._loop.call_later(max(0.0, commits.due_at - now), self._look)
 

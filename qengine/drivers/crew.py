@@ -88,7 +88,7 @@ class Crew:
         self.untold: deque[Callable[[], object]] = deque()  # what to call when the lock is released
         self._told_end = False
         self._commits = commits
-        self._pending: Sized = () if commits is None else commits.pending
+        self.pending: Sized = () if commits is None else commits.pending
         self._closing: list[str] = []  # of a run that is over but for what is to be committed, why
         # On virtual time work is begun in the order in which it is handed out, also a worker's own next.
         self._in_turn = clock is not SYSTEM_CLOCK
@@ -242,23 +242,18 @@ class Crew:
                 return mine
             step = None
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether so much is to be committed that no call is to be begun before."""
-        return self._commits is not None and self._commits.is_full
-
     def _see_to(self, commits: Commits, now: float, is_idle: bool) -> None:
         """Commit what is due, and all there is where there is nothing else to do; then the run may be over."""
         if self._closing:
             self._close(commits)
-        elif self._pending:
+        elif self.pending:
             if now >= commits.due_at or (is_idle and self.run.is_quiet and commits.due_at < math.inf):
                 commits.commit(self._now_fn)
             self._look_after(commits)
 
     def _look_after(self, commits: Commits) -> None:
         """Have somebody come by for what has come while one was at a commit."""
-        if self._pending and not commits.is_watched:
+        if self.pending and not commits.is_watched:
             commits.watch()
             self._ring()
 

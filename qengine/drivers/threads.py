@@ -119,7 +119,7 @@ class ThreadCrew(Crew):
     def _work(self, worker: ThreadWorker) -> None:
         mailbox, unclaimed, now_fn, pump = worker.mailbox, self._unclaimed, self._now_fn, self._pump
         turn, inbox, acquire, release = self.run.turn, self._inbox, self._lock.acquire, self._lock.release
-        ready, pending, commits = self._ready, self._pending, self._commits
+        ready, pending, commits = self._ready, self.pending, self._commits
         # Whether nobody is told of what happens, nor has a turn to wait for.
         alone = self._deliver is None and self._after_pump is None and not self._in_turn
         base = self._context.copy()
@@ -193,7 +193,7 @@ class ThreadCrew(Crew):
         """Commit what is due; but who keeps the time has it done: a timeout is not to wait for a disk."""
         if self._in_turn or self._closing or get_ident() != self._timekeeper.ident:
             super()._see_to(commits, now, is_idle)
-        elif self._pending and now >= commits.due_at:
+        elif self.pending and now >= commits.due_at:
             commits.claim()
             thread = self.clock.thread(self._commit, (commits,), "qengine-commit")
             self._committers = [other for other in self._committers if other.is_alive()]
