@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Final, TypeVar
 
-from .errors import StorageError, refuse_type, require_choice
+from .errors import StorageError, refuse, refuse_type, require_choice
 from .forks import restart_after_fork
 
 if sys.platform == "win32":  # pragma: no cover - not on the systems that are tested
@@ -95,6 +95,8 @@ class Database:
     ) -> None:
         if not isinstance(path, (str, os.PathLike)) or isinstance(path, bytes):
             refuse_type("path", path, "the name of a file")
+        if not str(path):
+            refuse("path", path, "the name of a file")
         require_choice("synchronous", synchronous, ("FULL", "NORMAL"))
         self.path = Path(path).absolute()  # it is opened again by that, wherever the process is by then
         self._schema = schema
